@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make compare` and `make test`. Both create .venv where it is missing.
+
+PYTHON ?= python3
+# The release that CI uses; any torch >= 2.10 works. On Linux this is the CUDA build unless pip is told otherwise.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: compare test lint test-gpu clean
+
+.venv/.installed: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,report]'
+	touch $@
+
+compare: .venv/.installed  ## every attention path side by side, on the CPU, with a small checkpoint
+	mkdir -p results
+	$(BIN)/varlen-vision compare --device cpu --json results/compare.json --markdown results/compare.md
+
+test: lint  ## what CI runs
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Runs in the Python at hand, since a GPU machine brings its own torch.
+test-gpu:  ## kernels and towers on a CUDA GPU
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu -m gpu
+
+clean:
+	rm -rf .venv build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""Package definition; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="varlen_vision",
+    version="0.1.0",
+    description="Packed vision attention without masks and without host stops, for vision-language models",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["varlen_vision", "varlen_vision.*"]),
+    package_data={"varlen_vision": ["py.typed"]},
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=4.51",
+        "accelerate>=1.0",
+        "packaging",
+        "pillow",
+        "rich",
+        "typer",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6"],
+        "flash4": ["flash-attn-4>=4.0.0b0"],
+        "report": ["scikit-image"],
+        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "ruff", "scikit-image"],
+    },
+    entry_points={"console_scripts": ["varlen-vision=varlen_vision.cli:main"]},
+)
