@@ -1,0 +1,27 @@
+"""The errors that varlen_vision raises. Each also is the built-in error that a caller would expect."""
+
+from __future__ import annotations
+
+
+class VarlenVisionError(Exception):
+    """Base of all errors raised on purpose by this library."""
+
+
+class SegmentError(VarlenVisionError, ValueError):
+    """cu_seqlens, max_seqlen or the packed tensors do not describe a valid packed batch."""
+
+
+class KernelError(VarlenVisionError, RuntimeError):
+    """A kernel asked for by name cannot run on this request; the message says why."""
+
+
+class SwapError(VarlenVisionError, RuntimeError):
+    """A model's attention could not be swapped or restored. The model is as it was before the call."""
+
+
+class ParityError(SwapError):
+    """A swapped module differs from the original by more than the error budget. Nothing was swapped."""
+
+
+class LoadError(VarlenVisionError, ValueError):
+    """A checkpoint or one of the arguments of load_model is unusable."""

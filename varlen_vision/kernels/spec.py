@@ -1,0 +1,154 @@
+"""What a kernel can take, as data, and why it cannot take a request, as text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from varlen_vision.segments import Segments
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+@dataclass(frozen=True)
+class Request:
+    """The facts about one call that decide which kernels can take it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    grouped_heads: bool = False
+    """Fewer key-value heads than query heads."""
+    needs_grad: bool = False
+    causal: bool = False
+    dropout: bool = False
+    same_lengths: bool = True
+    """Queries and keys are cut alike (self-attention)."""
+    mean_seqlen: float = 0.0
+    """Mean length of the non-empty segments, in tokens; 0 where it is not known."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about one attention call but the packed q, k and v, checked and resolved."""
+
+    segments_q: Segments
+    segments_k: Segments
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    causal: bool = False
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of `flash_attn_varlen_func`, in a module of its own.
+
+    The module has `run(q, k, v, call, **options)`, which returns (T, H, D) in q's dtype, and `load()`, which
+    imports the kernel's library and raises ImportError where that is impossible.
+    """
+
+    name: str
+    calls: str
+    """What it calls, for tables."""
+    install: str
+    """How to get it."""
+    dtypes: frozenset[torch.dtype] = FLOATS
+    cuda_only: bool = False
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """Lowest and highest CUDA compute capability, both included."""
+    head_dim_multiple: int = 1
+    max_head_dim: int | None = None
+    backward: bool = True
+    causal: bool = True
+    cross: bool = True
+    """Takes keys cut differently from the queries."""
+    dropout: bool = False
+    options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Extra keyword arguments that it takes, with their allowed values; the first is the default."""
+    auto: bool = True
+    """Whether `auto` may choose it."""
+    auto_min_seqlen: float = 0.0
+    """`auto` passes it over for shorter segments (mean, in tokens): there another kernel is faster."""
+
+    @property
+    def module(self) -> str:
+        return f"varlen_vision.kernels.{self.name}"
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        function: Callable[..., Tensor] = importlib.import_module(self.module).run
+        return function
+
+    def refusals(self, request: Request) -> tuple[str, ...]:
+        """Every reason why this kernel cannot take `request`; empty where it can."""
+        reasons = [*self._machine_refusals(request.device)]
+        if request.dtype not in self.dtypes:
+            known = ", ".join(sorted(_short(dtype) for dtype in self.dtypes))
+            reasons.append(f"dtype is {_short(request.dtype)}, it takes {known}")
+        if request.head_dim % self.head_dim_multiple:
+            reasons.append(f"head_dim is {request.head_dim}, it takes multiples of {self.head_dim_multiple}")
+        if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
+            reasons.append(f"head_dim is {request.head_dim}, it takes at most {self.max_head_dim}")
+        if request.needs_grad and not self.backward:
+            reasons.append("gradients are needed, it has no backward")
+        if request.causal and not self.causal:
+            reasons.append("causal=True is not supported")
+        if request.dropout and not self.dropout:
+            reasons.append("dropout_p > 0 is not supported")
+        if not request.same_lengths and not self.cross:
+            reasons.append("queries and keys are cut differently, it takes self-attention only")
+        return tuple(reasons)
+
+    def auto_refusals(self, request: Request) -> tuple[str, ...]:
+        """Why `auto` passes this kernel over: what it cannot take, and what others do faster."""
+        if not self.auto:
+            return ("kept as a baseline or oracle, used only when asked for by name",)
+        reasons = self.refusals(request)
+        if not reasons and request.mean_seqlen < self.auto_min_seqlen:
+            reasons = (
+                f"segments average {request.mean_seqlen:.0f} tokens; below {self.auto_min_seqlen:.0f} "
+                "other kernels are faster",
+            )
+        return reasons
+
+    def _machine_refusals(self, device: torch.device) -> list[str]:
+        reasons = []
+        if self.cuda_only and device.type != "cuda":
+            reasons.append(f"device is {device.type}, it needs a CUDA GPU")
+        elif self.capabilities is not None and device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            low, high = self.capabilities
+            if not low <= capability <= high:
+                reasons.append(
+                    f"compute capability is {_dotted(capability)}, it needs {_dotted(low)} to {_dotted(high)}"
+                )
+        missing = why_missing(self)
+        if missing:
+            reasons.append(missing)
+        return reasons
+
+
+@cache
+def why_missing(kernel: Kernel) -> str | None:
+    """None where the kernel's library imports; else the reason and what to install."""
+    try:
+        importlib.import_module(kernel.module).load()
+    except ImportError as error:
+        return f"not importable ({str(error).splitlines()[0] if str(error) else error!r}); {kernel.install}"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

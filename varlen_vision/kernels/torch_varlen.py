@@ -1,0 +1,51 @@
+"""FlashAttention-2 as built into PyTorch: `torch.nn.attention.varlen.varlen_attn` (torch 2.10 and newer)."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from varlen_vision.kernels.spec import Call
+
+
+@cache
+def load() -> tuple[Any, frozenset[str]]:
+    """The function and the names of its arguments, which changed between releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def keywords(accepted: frozenset[str], softmax_scale: float, causal: bool, grouped: bool) -> dict[str, Any]:
+    """Arguments by name, in the spelling of the installed torch.
+
+    torch 2.10 has `is_causal`; 2.11 replaced it with `window_size`, where (-1, 0) is causal. `enable_gqa`
+    came later; before it, grouped heads needed no permission.
+    """
+    arguments: dict[str, Any] = {"scale": softmax_scale}
+    if causal and "window_size" in accepted:
+        arguments["window_size"] = (-1, 0)
+    elif causal:
+        arguments["is_causal"] = True
+    if grouped and "enable_gqa" in accepted:
+        arguments["enable_gqa"] = True
+    return arguments
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """(T, H, D) in q's dtype, one launch for all segments."""
+    varlen_attn, accepted = load()
+    output: Tensor = varlen_attn(
+        q,
+        k,
+        v,
+        call.segments_q.cu_seqlens,
+        call.segments_k.cu_seqlens,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        **keywords(accepted, call.softmax_scale, call.causal, grouped=q.shape[1] != k.shape[1]),
+    )
+    return output

@@ -1,0 +1,254 @@
+"""Segments: how a packed batch of patches is cut, known on the host and on the device at once.
+
+Shape legend, used everywhere in this library:
+    T  tokens (patches) of all images and frames, packed one after another
+    S  segments: runs of tokens that attend to each other and to nothing else (frames or windows)
+    H  attention heads, D  head_dim, C  channels (H * D for most vision towers)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from varlen_vision.errors import SegmentError
+
+# Distinct cu_seqlens kept between forwards. A tower has one or two layouts; recomputation in backward
+# (gradient checkpointing) meets them again after the forward is over.
+_REMEMBERED = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The cut of one packed batch.
+
+    Attributes:
+        cu_seqlens: (S + 1,) int32, on the device of the packed tensors: cumulative lengths from 0 to T.
+        lengths: S host integers, patches per segment, in order; zeros are allowed.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Segments:
+        """Segments of the given lengths (patches), with `cu_seqlens` on `device`.
+
+        Raises:
+            SegmentError: no segment at all, a negative length, or only empty segments.
+        """
+        lengths = tuple(int(n) for n in lengths)
+        check_lengths(lengths)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+        return cls(cu_seqlens, lengths)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
+        """Read `cu_seqlens` to the host, once, and check it.
+
+        Args:
+            cu_seqlens: (S + 1,) int32 on any device, starting at 0, never decreasing.
+
+        Raises:
+            SegmentError: anything else.
+        """
+        check_cu_seqlens(cu_seqlens)
+        offsets: list[int] = cu_seqlens.tolist()
+        if offsets[0] != 0:
+            raise SegmentError(
+                f"cu_seqlens starts at {offsets[0]}, expected 0: it holds cumulative lengths, "
+                "[0, n0, n0 + n1, ...]"
+            )
+        lengths = tuple(after - before for before, after in pairwise(offsets))
+        for index, length in enumerate(lengths):
+            if length < 0:
+                raise SegmentError(
+                    f"cu_seqlens decreases from {offsets[index]} to {offsets[index + 1]} at position "
+                    f"{index + 1}; cumulative lengths never decrease"
+                )
+        check_lengths(lengths)
+        return cls(cu_seqlens, lengths)
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """Patches in the longest segment."""
+        return max(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """T: patches in all segments."""
+        return sum(self.lengths)
+
+    @cached_property
+    def mean_seqlen(self) -> float:
+        """Patches per segment that is not empty."""
+        return self.total / sum(1 for length in self.lengths if length)
+
+    @cached_property
+    def attended(self) -> int:
+        """Query-key pairs that attention computes: the sum of squared lengths."""
+        return sum(n * n for n in self.lengths)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """S + 1 host integers: the values of `cu_seqlens`."""
+        return (0, *accumulate(self.lengths))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Raise SegmentError unless `lengths` are those of a packed batch with at least one token."""
+    if not lengths:
+        raise SegmentError("an empty batch: no segment; expected at least one image or frame")
+    if min(lengths) < 0:
+        raise SegmentError(f"a segment has length {min(lengths)}; lengths are counts of patches, 0 or more")
+    if max(lengths) == 0:
+        raise SegmentError(f"an empty batch: all {len(lengths)} segments have length 0")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Check what can be known without reading the values: type, dtype and rank."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise SegmentError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a 1-D int32 tensor; "
+            "Segments.from_lengths makes one from a list of lengths"
+        )
+    if cu_seqlens.dtype != torch.int32:
+        raise SegmentError(
+            f"cu_seqlens has dtype {cu_seqlens.dtype}, expected torch.int32 as the flash kernels do; "
+            "use cu_seqlens.to(torch.int32)"
+        )
+    if cu_seqlens.ndim != 1:
+        raise SegmentError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected one dimension: (segments + 1,)"
+        )
+    if cu_seqlens.numel() < 2:
+        raise SegmentError(
+            f"an empty batch: cu_seqlens has {cu_seqlens.numel()} value(s), expected segments + 1 of them"
+        )
+
+
+def check_fit(segments: Segments, total: int, device: torch.device, max_seqlen: int | None = None) -> None:
+    """Check that `segments` cut a batch of `total` tokens on `device`; `max_seqlen` may be rounded up."""
+    if segments.cu_seqlens.device != device:
+        raise SegmentError(
+            f"cu_seqlens is on {segments.cu_seqlens.device}, the packed tensors on {device}; "
+            "move cu_seqlens there once, outside of the layers"
+        )
+    if segments.total != total:
+        raise SegmentError(
+            f"cu_seqlens ends at {segments.total}, but {total} tokens are packed; its last value must "
+            "equal the number of tokens"
+        )
+    if max_seqlen is not None and max_seqlen < segments.max_seqlen:
+        raise SegmentError(
+            f"max_seqlen is {max_seqlen}, but the longest segment has {segments.max_seqlen} tokens; flash "
+            "kernels would silently skip the rest, so max_seqlen may be rounded up, never down"
+        )
+
+
+class SegmentReader:
+    """Turns device `cu_seqlens` into Segments, reading each at most once per forward.
+
+    All layers of one tower share a reader. Entries are kept per thread, since one model may serve several.
+    A tensor is recognised by identity, held so that the identity cannot be reused, and by its version
+    counter, so that a buffer overwritten in place is read again. Inference tensors have no version
+    counter: they are remembered from begin_forward to end_forward only.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self.reads = 0
+        """Number of `cu_seqlens` read from their device so far (a host stop each, where it is a GPU)."""
+        self._trusted: set[str] = set()
+        self._refuted: set[str] = set()
+
+    def segments(self, cu_seqlens: Tensor) -> Segments:
+        """Segments of `cu_seqlens`; raises SegmentError where it is invalid."""
+        check_cu_seqlens(cu_seqlens)
+        entries = self._entries()
+        version = _version(cu_seqlens)
+        known = entries.get(id(cu_seqlens))
+        if known is not None and known[0] == version:
+            return known[1]
+        segments = self._from_plan(cu_seqlens)
+        if segments is None:
+            self.reads += 1
+            segments = Segments.from_cu_seqlens(cu_seqlens)
+            self._compare_with_plan(segments)
+        if version is not None or self._depth() > 0:
+            entries[id(cu_seqlens)] = (version, segments)
+            while len(entries) > _REMEMBERED:
+                entries.popitem(last=False)
+        return segments
+
+    def begin_forward(self, planned: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Start a tower forward.
+
+        Args:
+            planned: host lengths of each layout (a name) that this forward will use, worked out from
+                `grid_thw`. On a GPU a layout stands in for reading `cu_seqlens` once it has been seen equal
+                to what the tower computed; one that was ever seen to differ is not used again.
+        """
+        self._local.depth = self._depth() + 1
+        self._local.planned = dict(planned or {})
+        # What an inference tensor held is unknown by now: a static buffer may have been overwritten.
+        entries = self._entries()
+        for key in [key for key, (version, _) in entries.items() if version is None]:
+            del entries[key]
+
+    def end_forward(self) -> None:
+        """End a tower forward."""
+        self._local.depth = max(0, self._depth() - 1)
+        self._local.planned = {}
+
+    def _from_plan(self, cu_seqlens: Tensor) -> Segments | None:
+        if cu_seqlens.device.type == "cpu":
+            return None  # nothing to save: the host can look
+        for layout, lengths in self._planned().items():
+            if layout in self._trusted and len(lengths) == cu_seqlens.numel() - 1:
+                return Segments(cu_seqlens, lengths)
+        return None
+
+    def _compare_with_plan(self, seen: Segments) -> None:
+        for layout, lengths in self._planned().items():
+            if len(lengths) != len(seen):
+                continue
+            if lengths == seen.lengths and layout not in self._refuted:
+                self._trusted.add(layout)
+            elif lengths != seen.lengths:
+                self._trusted.discard(layout)
+                self._refuted.add(layout)
+
+    def _planned(self) -> dict[str, tuple[int, ...]]:
+        planned: dict[str, tuple[int, ...]] = getattr(self._local, "planned", {})
+        return planned
+
+    def _entries(self) -> OrderedDict[int, tuple[int | None, Segments]]:
+        if not hasattr(self._local, "entries"):
+            self._local.entries = OrderedDict()
+        entries: OrderedDict[int, tuple[int | None, Segments]] = self._local.entries
+        return entries
+
+    def _depth(self) -> int:
+        return int(getattr(self._local, "depth", 0))
+
+    # Copies and pickles of a swapped model start with nothing remembered.
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
