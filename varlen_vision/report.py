@@ -1,0 +1,69 @@
+"""What a swap did, block by block, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from varlen_vision.parity import Error
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One vision block.
+
+    Attributes:
+        name: where its attention hangs in the model, such as 'model.visual.blocks.0.attn'.
+        family: the model family it was recognised as.
+        original: class of the module that the model came with.
+        kernel: what runs in it now ('a / b': short / long segments), or 'original'.
+        why: how that came about.
+        error: distance from the original in the check before the swap; None where it was not checked.
+        budget: what that distance was allowed to be.
+    """
+
+    name: str
+    family: str
+    original: str
+    kernel: str
+    why: str
+    error: Error | None = None
+    budget: Error | None = None
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """All vision blocks of a model; print it for a table."""
+
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        swapped = [block for block in self.blocks if block.kernel != "original"]
+        kernels = ", ".join(dict.fromkeys(block.kernel for block in swapped)) or "original"
+        families = ", ".join(dict.fromkeys(block.family for block in self.blocks))
+        return f"{families}: {len(swapped)} of {len(self.blocks)} vision blocks swapped ({kernels})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"summary": self.summary, "blocks": [asdict(block) for block in self.blocks]}
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.summary, title_justify="left")
+        for column in ("block", "was", "now", "why", "error (allowed)"):
+            table.add_column(column, overflow="fold")
+        for block in self.blocks:
+            checked = "-" if block.error is None else f"{block.error.overall:.1e}"
+            allowed = "" if block.budget is None else f" ({block.budget.overall:.1e})"
+            table.add_row(block.name, block.original, block.kernel, block.why, checked + allowed)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
