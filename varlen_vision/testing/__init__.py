@@ -1,0 +1,1 @@
+"""What the tests and the report run on: checkpoints with random weights, and real photographs."""
