@@ -29,7 +29,15 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
         "report": ["scikit-image"],
-        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "ruff", "scikit-image"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "ruff",
+            "scikit-image",
+            "triton; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["varlen-vision=varlen_vision.cli:main"]},
 )

@@ -62,10 +62,11 @@ def _verify_batch(block: VarlenAttention, weight: Tensor, lengths: tuple[int, ..
     segments = Segments.from_lengths(lengths, weight.device)
     adapter, heads = block.family.adapter, block.num_heads
     hidden, position = _inputs(block, weight, segments)
-    arguments = {"cu_seqlens": segments.cu_seqlens, "position_embeddings": position}
     # forward, not the call: hooks that the user put on the module should not see this batch.
-    expected = block.__dict__["original"].forward(hidden, **arguments)
-    actual = block.forward(hidden, **arguments)
+    expected = block.__dict__["original"].forward(
+        hidden, cu_seqlens=segments.cu_seqlens, position_embeddings=position
+    )
+    actual = block.forward(hidden, segments.cu_seqlens, position_embeddings=position)
 
     q, k, v = adapter.project(block, hidden, heads)
     q, k = rotate(q, k, *position)

@@ -1,0 +1,126 @@
+"""RoPE of queries and keys in one Triton kernel: each element is read once and written once.
+
+The same float32 arithmetic as `rope.rotate`, which in separate PyTorch ops makes about ten passes over
+float32 copies of q and k. Forward and backward are the same kernel, the latter with the transposed rotation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32  # rows (token, head) per program; 32 rows of 128 keep every thread busy with 16-byte accesses
+
+
+@triton.jit
+def _rotate_kernel(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    q_rows,
+    k_rows,
+    q_heads,
+    k_heads,
+    q_stride_token,
+    q_stride_head,
+    k_stride_token,
+    k_stride_head,
+    table_stride,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        source, target, rows, heads = q, q_out, q_rows, q_heads
+        stride_token, stride_head = q_stride_token, q_stride_head
+    else:
+        source, target, rows, heads = k, k_out, k_rows, k_heads
+        stride_token, stride_head = k_stride_token, k_stride_head
+    # 64-bit rows: a long video has more than 2**31 elements.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < HALF)[None, :]
+
+    first = source + (token * stride_token + head * stride_head)[:, None] + column[None, :]
+    x1 = tl.load(first, mask=mask).to(tl.float32)
+    x2 = tl.load(first + HALF, mask=mask).to(tl.float32)
+    table = (token * table_stride)[:, None] + column[None, :]
+    cos1 = tl.load(cos + table, mask=mask).to(tl.float32)
+    cos2 = tl.load(cos + table + HALF, mask=mask).to(tl.float32)
+    sin1 = tl.load(sin + table, mask=mask).to(tl.float32)
+    sin2 = tl.load(sin + table + HALF, mask=mask).to(tl.float32)
+    if TRANSPOSED:
+        y1 = x1 * cos1 + x2 * sin2
+        y2 = x2 * cos2 - x1 * sin1
+    else:
+        y1 = x1 * cos1 - x2 * sin1
+        y2 = x2 * cos2 + x1 * sin2
+    out = target + row[:, None] * (2 * HALF) + column[None, :]
+    tl.store(out, y1.to(target.dtype.element_ty), mask=mask)
+    tl.store(out + HALF, y2.to(target.dtype.element_ty), mask=mask)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    rows = [x.shape[0] * x.shape[1] for x in (q, k)]
+    half = q.shape[-1] // 2
+    grid = (triton.cdiv(max(rows), _ROWS), 2)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(q.device):
+        _rotate_kernel[grid](
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            *rows,
+            q.shape[1],
+            k.shape[1],
+            *q.stride()[:2],
+            *k.stride()[:2],
+            cos.stride(0),
+            HALF=half,
+            BLOCK=triton.next_power_of_2(half),
+            ROWS=_ROWS,
+            TRANSPOSED=transposed,
+        )
+    return q_out, k_out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _launch(q, k, cos, sin, transposed=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return *_launch(q_grad, k_grad, cos, sin, transposed=True), None, None
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys; differentiable in both.
+
+    Args:
+        q: (T, H, D) float16, bfloat16 or float32, strided views allowed; k: (T, H_k, D).
+        cos: (T, D) any float dtype; sin likewise.
+
+    Returns:
+        q and k, rotated in float32, contiguous, in their own dtype.
+    """
+    cos, sin = cos.contiguous(), sin.contiguous()
+    rotated: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
