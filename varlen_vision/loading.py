@@ -12,6 +12,7 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from varlen_vision.errors import LoadError
+from varlen_vision.families import FAMILIES
 from varlen_vision.kernels.table import KERNELS, check_kernel
 from varlen_vision.swap import swap_attention
 
@@ -116,11 +117,26 @@ def _config(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any
                 "config.json of a model type that the installed transformers "
                 f"({transformers.__version__}) knows, or a hub repository that can be reached"
             ) from error
+    config = _tower_config(config, name_or_path, kwargs)
     if _vision_key(config) is None and not _is_tower(config):
         raise LoadError(
             f"{name!r} is a {config.model_type!r} model, which has no vision part; expected a "
             "vision-language model or a vision tower"
         )
+    return config
+
+
+def _tower_config(config: Any, name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+    """The configuration of a lone tower, where AutoConfig took it for that of the whole model.
+
+    Older releases of transformers gave both the same `model_type`; `architectures` tells them apart.
+    """
+    towers = {family.tower for family in FAMILIES.values()}
+    for architecture in set(getattr(config, "architectures", None) or ()) & towers:
+        expected = _model_class(config, architecture).config_class
+        if not isinstance(config, expected):
+            location = {key: kwargs[key] for key in _LOCATION if key in kwargs}
+            return expected.from_pretrained(name_or_path, **location)
     return config
 
 
