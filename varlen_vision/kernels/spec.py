@@ -67,6 +67,8 @@ class Kernel:
     head_dim_multiple: int = 1
     max_head_dim: int | None = None
     backward: bool = True
+    backward_head_dims: frozenset[int] | None = None
+    """The only head_dims whose gradients are right; None is all of them."""
     causal: bool = True
     cross: bool = True
     """Takes keys cut differently from the queries."""
@@ -99,6 +101,11 @@ class Kernel:
             reasons.append(f"head_dim is {request.head_dim}, it takes at most {self.max_head_dim}")
         if request.needs_grad and not self.backward:
             reasons.append("gradients are needed, it has no backward")
+        elif request.needs_grad and request.head_dim not in (self.backward_head_dims or {request.head_dim}):
+            right = ", ".join(map(str, sorted(self.backward_head_dims or ())))
+            reasons.append(
+                f"gradients are needed with head_dim {request.head_dim}, it has right ones only for {right}"
+            )
         if request.causal and not self.causal:
             reasons.append("causal=True is not supported")
         if request.dropout and not self.dropout:

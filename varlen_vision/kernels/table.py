@@ -23,6 +23,9 @@ _KERNELS = (
         capabilities=((9, 0), (11, 9)),
         head_dim_multiple=8,
         max_head_dim=128,
+        # 4.0.0b36 on Hopper returns a wrong dq (relative error 1.3) for head_dim 72 and 80, see
+        # docs/results/h200.md; these three were measured right.
+        backward_head_dims=frozenset({64, 96, 128}),
         auto_min_seqlen=1024,
     ),
     Kernel(
