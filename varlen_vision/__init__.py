@@ -1,9 +1,15 @@
 """Packed vision attention without masks and without host stops, for vision-language models."""
 
-from varlen_vision.families import supported_families
-from varlen_vision.kernels import available_kernels, flash_attn_varlen_func
-from varlen_vision.loading import load_model
-from varlen_vision.swap import attention_report, restore_attention, swap_attention
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from varlen_vision.families import supported_families
+    from varlen_vision.kernels import available_kernels, flash_attn_varlen_func
+    from varlen_vision.loading import load_model
+    from varlen_vision.swap import attention_report, restore_attention, swap_attention
 
 __version__ = "0.1.0"
 
@@ -16,3 +22,24 @@ __all__ = [
     "supported_families",
     "swap_attention",
 ]
+
+# Where each public name lives. Imported on first use, so that the kernels alone need torch and nothing else.
+_HOMES = {
+    "attention_report": "swap",
+    "available_kernels": "kernels",
+    "flash_attn_varlen_func": "kernels",
+    "load_model": "loading",
+    "restore_attention": "swap",
+    "supported_families": "families",
+    "swap_attention": "swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -97,8 +97,6 @@ class VarlenAttention(nn.Module):
     # The host side of a call (which lengths, which kernel) is Python that a compiled graph cannot hold.
     @torch.compiler.disable
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        if max_seqlen is None:
-            max_seqlen = self.reader.segments(cu_seqlens).max_seqlen
         return flash_attn_varlen_func(
             q,
             k,

@@ -30,8 +30,9 @@ class Error:
     worst_token: float
 
     def within(self, budget: Error) -> bool:
-        """Whether both figures are finite and inside `budget`."""
-        return self.overall <= budget.overall and self.worst_token <= budget.worst_token
+        """Whether both figures are inside `budget`; nothing is inside a budget that is not finite."""
+        finite = math.isfinite(budget.overall) and math.isfinite(budget.worst_token)
+        return finite and self.overall <= budget.overall and self.worst_token <= budget.worst_token
 
     def __str__(self) -> str:
         return f"{self.overall:.2e} (worst token {self.worst_token:.2e})"

@@ -137,13 +137,17 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
         )
 
 
-def check_fit(segments: Segments, total: int, device: torch.device, max_seqlen: int | None = None) -> None:
-    """Check that `segments` cut a batch of `total` tokens on `device`; `max_seqlen` may be rounded up."""
-    if segments.cu_seqlens.device != device:
+def check_device(cu_seqlens: Tensor, device: torch.device) -> None:
+    """Raise SegmentError unless `cu_seqlens` is where the packed tensors are."""
+    if cu_seqlens.device != device:
         raise SegmentError(
-            f"cu_seqlens is on {segments.cu_seqlens.device}, the packed tensors on {device}; "
+            f"cu_seqlens is on {cu_seqlens.device}, the packed tensors on {device}; "
             "move cu_seqlens there once, outside of the layers"
         )
+
+
+def check_fit(segments: Segments, total: int, max_seqlen: int | None = None) -> None:
+    """Check that `segments` cut a batch of `total` tokens; `max_seqlen` may be rounded up, never down."""
     if segments.total != total:
         raise SegmentError(
             f"cu_seqlens ends at {segments.total}, but {total} tokens are packed; its last value must "
@@ -185,7 +189,7 @@ class SegmentReader:
             self.reads += 1
             segments = Segments.from_cu_seqlens(cu_seqlens)
             self._compare_with_plan(segments)
-        if version is not None or self._depth() > 0:
+        if version is not None or getattr(self._local, "inside", False):
             entries[id(cu_seqlens)] = (version, segments)
             while len(entries) > _REMEMBERED:
                 entries.popitem(last=False)
@@ -199,17 +203,21 @@ class SegmentReader:
                 `grid_thw`. On a GPU a layout stands in for reading `cu_seqlens` once it has been seen equal
                 to what the tower computed; one that was ever seen to differ is not used again.
         """
-        self._local.depth = self._depth() + 1
+        self._local.inside = True
         self._local.planned = dict(planned or {})
-        # What an inference tensor held is unknown by now: a static buffer may have been overwritten.
-        entries = self._entries()
-        for key in [key for key, (version, _) in entries.items() if version is None]:
-            del entries[key]
+        self._forget_unversioned()  # a forward that failed may have left something
 
     def end_forward(self) -> None:
         """End a tower forward."""
-        self._local.depth = max(0, self._depth() - 1)
+        self._local.inside = False
         self._local.planned = {}
+        self._forget_unversioned()
+
+    def _forget_unversioned(self) -> None:
+        # What an inference tensor holds later is unknown: a static buffer may be overwritten.
+        entries = self._entries()
+        for key in [key for key, (version, _) in entries.items() if version is None]:
+            del entries[key]
 
     def _from_plan(self, cu_seqlens: Tensor) -> Segments | None:
         if cu_seqlens.device.type == "cpu":
@@ -239,15 +247,9 @@ class SegmentReader:
         entries: OrderedDict[int, tuple[int | None, Segments]] = self._local.entries
         return entries
 
-    def _depth(self) -> int:
-        return int(getattr(self._local, "depth", 0))
-
     # Copies and pickles of a swapped model start with nothing remembered.
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[SegmentReader], tuple[()]]:
+        return SegmentReader, ()
 
 
 def _version(tensor: Tensor) -> int | None:

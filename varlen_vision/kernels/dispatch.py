@@ -8,7 +8,7 @@ from torch import Tensor
 from varlen_vision.errors import KernelError, SegmentError
 from varlen_vision.kernels.spec import Call, Request
 from varlen_vision.kernels.table import check_kernel, choose
-from varlen_vision.segments import SegmentReader, check_fit
+from varlen_vision.segments import SegmentReader, check_cu_seqlens, check_device, check_fit
 
 _READER = SegmentReader()
 
@@ -19,8 +19,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -40,7 +40,7 @@ def flash_attn_varlen_func(
         v: (T_k, H_k, D) values, packed.
         cu_seqlens_q: (S + 1,) int32 on q's device, cumulative lengths in tokens.
         cu_seqlens_k: the same for keys; the same tensor for self-attention.
-        max_seqlen_q: at least the longest query segment, in tokens; may be rounded up.
+        max_seqlen_q: at least the longest query segment, in tokens; may be rounded up. None: as read.
         max_seqlen_k: the same for keys.
         dropout_p: probability of dropping an attention weight.
         softmax_scale: factor on the scores; default 1 / sqrt(D).
@@ -59,10 +59,13 @@ def flash_attn_varlen_func(
     check_kernel(kernel, options)
     _check_packed(q, k, v)
     reader = reader or _READER
+    for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
+        check_cu_seqlens(cu_seqlens)
+        check_device(cu_seqlens, q.device)
     segments_q = reader.segments(cu_seqlens_q)
     segments_k = segments_q if cu_seqlens_k is cu_seqlens_q else reader.segments(cu_seqlens_k)
-    check_fit(segments_q, q.shape[0], q.device, max_seqlen_q)
-    check_fit(segments_k, k.shape[0], k.device, max_seqlen_k)
+    check_fit(segments_q, q.shape[0], max_seqlen_q)
+    check_fit(segments_k, k.shape[0], max_seqlen_k)
     if len(segments_q) != len(segments_k):
         raise SegmentError(
             f"cu_seqlens_q has {len(segments_q)} segments, cu_seqlens_k {len(segments_k)}; expected as many"
@@ -83,8 +86,8 @@ def flash_attn_varlen_func(
     call = Call(
         segments_q=segments_q,
         segments_k=segments_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=segments_q.max_seqlen if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=segments_k.max_seqlen if max_seqlen_k is None else max_seqlen_k,
         softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
         causal=causal,
         dropout_p=dropout_p,

@@ -29,9 +29,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         values = v[start_k:end_k].to(work).repeat_interleave(groups, dim=1)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * call.softmax_scale
         if call.causal:
-            scores = scores.masked_fill(~_causal(scores), float("-inf"))
-        # A query that may attend to nothing gets zeros, as flash-attn gives.
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+            allowed = _causal(scores)
+            weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1)
+            # A query that may attend to nothing gets zeros, as flash-attn gives.
+            weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+        else:
+            weights = torch.softmax(scores, dim=-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype))
     return torch.cat(parts)
 

@@ -130,6 +130,8 @@ class Kernel:
         reasons = []
         if self.cuda_only and device.type != "cuda":
             reasons.append(f"device is {device.type}, it needs a CUDA GPU")
+        elif device.type == "cuda" and not torch.cuda.is_available():
+            reasons.append("device is cuda, and this machine or this build of torch has none")
         elif self.capabilities is not None and device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             low, high = self.capabilities

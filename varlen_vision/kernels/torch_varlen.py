@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import cache
 from typing import Any
 
@@ -22,10 +23,10 @@ def load() -> tuple[Any, frozenset[str]]:
 def keywords(accepted: frozenset[str], softmax_scale: float, causal: bool, grouped: bool) -> dict[str, Any]:
     """Arguments by name, in the spelling of the installed torch.
 
-    torch 2.10 has `is_causal`; 2.11 replaced it with `window_size`, where (-1, 0) is causal. `enable_gqa`
-    came later; before it, grouped heads needed no permission.
+    torch 2.10 has `is_causal` and no `scale`; 2.11 has `scale` and `window_size`, where (-1, 0) is causal.
+    `enable_gqa` came with 2.12; before it, grouped heads needed no permission.
     """
-    arguments: dict[str, Any] = {"scale": softmax_scale}
+    arguments: dict[str, Any] = {"scale": softmax_scale} if "scale" in accepted else {}
     if causal and "window_size" in accepted:
         arguments["window_size"] = (-1, 0)
     elif causal:
@@ -38,6 +39,9 @@ def keywords(accepted: frozenset[str], softmax_scale: float, causal: bool, group
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """(T, H, D) in q's dtype, one launch for all segments."""
     varlen_attn, accepted = load()
+    own_scale = call.softmax_scale * q.shape[-1] ** 0.5
+    if "scale" not in accepted and not math.isclose(own_scale, 1.0):
+        q = q * own_scale  # costs one more rounding of q, on torch 2.10 alone
     output: Tensor = varlen_attn(
         q,
         k,
