@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.watch import LargestTensor
 from torch import Tensor, nn
 
 from tests.towers import FAMILY_NAMES, GRIDS, batch, exact, merged, tower
+from tests.watch import LargestTensor
 from varlen_vision import attention, restore_attention, supported_families, swap_attention
 from varlen_vision.families import FAMILIES
 from varlen_vision.parity import Error, budget, relative_error

@@ -222,20 +222,22 @@ class SegmentReader:
     def _from_plan(self, cu_seqlens: Tensor) -> Segments | None:
         if cu_seqlens.device.type == "cpu":
             return None  # nothing to save: the host can look
-        for layout, lengths in self._planned().items():
-            if layout in self._trusted and len(lengths) == cu_seqlens.numel() - 1:
-                return Segments(cu_seqlens, lengths)
+        fitting = self._with_count(cu_seqlens.numel() - 1)
+        if fitting.keys() <= self._trusted and len(set(fitting.values())) == 1:
+            return Segments(cu_seqlens, next(iter(fitting.values())))
         return None
 
     def _compare_with_plan(self, seen: Segments) -> None:
-        for layout, lengths in self._planned().items():
-            if len(lengths) != len(seen):
-                continue
-            if lengths == seen.lengths and layout not in self._refuted:
-                self._trusted.add(layout)
-            elif lengths != seen.lengths:
-                self._trusted.discard(layout)
-                self._refuted.add(layout)
+        equal = [name for name, lengths in self._planned().items() if lengths == seen.lengths]
+        if len(equal) == 1:  # where two layouts coincide, as for a small image, neither is shown to be right
+            self._trusted |= {*equal} - self._refuted
+        elif not equal:
+            wrong = self._with_count(len(seen)).keys()
+            self._trusted -= wrong
+            self._refuted |= wrong
+
+    def _with_count(self, segments: int) -> dict[str, tuple[int, ...]]:
+        return {name: lengths for name, lengths in self._planned().items() if len(lengths) == segments}
 
     def _planned(self) -> dict[str, tuple[int, ...]]:
         planned: dict[str, tuple[int, ...]] = getattr(self._local, "planned", {})

@@ -76,7 +76,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) ->
     half = q.shape[-1] // 2
     grid = (triton.cdiv(max(rows), _ROWS), 2)
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(q.device):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         _rotate_kernel[grid](
             q,
             k,

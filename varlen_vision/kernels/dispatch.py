@@ -81,6 +81,7 @@ def flash_attn_varlen_func(
         causal=causal,
         dropout=dropout_p > 0,
         same_lengths=segments_q.lengths == segments_k.lengths,
+        segments=len(segments_q),
         mean_seqlen=segments_q.mean_seqlen,
     )
     call = Call(

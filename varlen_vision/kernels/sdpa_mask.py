@@ -2,8 +2,10 @@
 
 Kept to be measured against, never chosen by `auto`. `mask_build` says how the mask comes about:
 
-device_slices  as transformers 4.49 to 4.52 ship it: every layer slices with device-side `cu_seqlens`, so
+device_slices  as transformers 4.51 and 4.52 ship it: every layer slices with device-side `cu_seqlens`, so
                that each bound is a copy to the host; the mask has three dimensions.
+device_slices_3d  as transformers 4.49 and 4.50 ship it: the same, and q, k and v have three dimensions too,
+               which sends PyTorch to its plain kernel, with all scores in memory.
 host           the same loop over a mask on the CPU, which is then copied to the device.
 host_lengths   lengths known on the host, one fill per segment on the device.
 vectorized     one comparison on the device, no loop, and a four-dimensional mask, which PyTorch's
@@ -54,28 +56,34 @@ def vectorized(queries: Segments, keys: Segments, total_q: int, total_k: int) ->
     return (number_q.unsqueeze(1) == number_k).unsqueeze(0).unsqueeze(0)
 
 
+# q, k and v go in as (H, T, D), not (1, H, T, D).
+_THREE_DIMENSIONS = "device_slices_3d"
+
 MASK_BUILDS: dict[str, Callable[[Segments, Segments, int, int], Tensor]] = {
     "device_slices": device_slices,
     "host": host,
     "host_lengths": host_lengths,
     "vectorized": vectorized,
+    _THREE_DIMENSIONS: device_slices,
 }
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call, *, mask_build: str = "device_slices") -> Tensor:
     """(T, H, D) in q's dtype, over a mask built anew for this call."""
     mask = MASK_BUILDS[mask_build](call.segments_q, call.segments_k, q.shape[0], k.shape[0])
-    q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    if mask_build != _THREE_DIMENSIONS:
+        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
     output = F.scaled_dot_product_attention(
-        q4,
-        k4,
-        v4,
+        q,
+        k,
+        v,
         mask,
         dropout_p=call.dropout_p,
         scale=call.softmax_scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[-3] != k.shape[-3],
     )
-    return output.squeeze(0).transpose(0, 1)
+    return output.flatten(0, -3).transpose(0, 1)
 
 
 def _fill(mask: Tensor, queries: Segments, keys: Segments) -> Tensor:

@@ -30,6 +30,7 @@ class Request:
     dropout: bool = False
     same_lengths: bool = True
     """Queries and keys are cut alike (self-attention)."""
+    segments: int = 1
     mean_seqlen: float = 0.0
     """Mean length of the non-empty segments, in tokens; 0 where it is not known."""
 
@@ -66,6 +67,7 @@ class Kernel:
     """Lowest and highest CUDA compute capability, both included."""
     head_dim_multiple: int = 1
     max_head_dim: int | None = None
+    max_segments: int | None = None
     backward: bool = True
     backward_head_dims: frozenset[int] | None = None
     """The only head_dims whose gradients are right; None is all of them."""
@@ -99,6 +101,8 @@ class Kernel:
             reasons.append(f"head_dim is {request.head_dim}, it takes multiples of {self.head_dim_multiple}")
         if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
             reasons.append(f"head_dim is {request.head_dim}, it takes at most {self.max_head_dim}")
+        if self.max_segments is not None and request.segments > self.max_segments:
+            reasons.append(f"{request.segments} segments, it takes at most {self.max_segments}")
         if request.needs_grad and not self.backward:
             reasons.append("gradients are needed, it has no backward")
         elif request.needs_grad and request.head_dim not in (self.backward_head_dims or {request.head_dim}):
@@ -150,8 +154,8 @@ def why_missing(kernel: Kernel) -> str | None:
     """None where the kernel's library imports; else the reason and what to install."""
     try:
         importlib.import_module(kernel.module).load()
-    except ImportError as error:
-        return f"not importable ({str(error).splitlines()[0] if str(error) else error!r}); {kernel.install}"
+    except Exception as error:  # a library built for another torch or CUDA may raise anything; it is shown
+        return f"not importable ({(str(error).splitlines() or [repr(error)])[0]}); {kernel.install}"
     return None
 
 

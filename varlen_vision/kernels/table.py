@@ -12,7 +12,9 @@ from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.kernels.spec import HALF, Kernel, Request
 
 # Limits as the libraries document or check them. `auto_min_seqlen` from docs/results/h200.md: below it
-# FlashAttention-2 (or batched SDPA) is faster than the Hopper kernels.
+# FlashAttention-2 (or batched SDPA) is faster than the Hopper kernels. `max_segments`: FlashAttention-2 puts
+# the segments into the second dimension of its launch grid (csrc/flash_attn/src/flash_fwd_launch_template.h),
+# which CUDA limits to 65,535.
 _KERNELS = (
     Kernel(
         name="flash_attn_4",
@@ -48,6 +50,7 @@ _KERNELS = (
         capabilities=((8, 0), (99, 9)),
         head_dim_multiple=8,
         max_head_dim=256,
+        max_segments=65535,
         dropout=True,
     ),
     Kernel(
@@ -59,6 +62,7 @@ _KERNELS = (
         capabilities=((8, 0), (99, 9)),
         head_dim_multiple=8,
         max_head_dim=256,
+        max_segments=65535,
     ),
     Kernel(
         name="sdpa_segments",

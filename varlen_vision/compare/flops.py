@@ -1,0 +1,103 @@
+"""The floor: the arithmetic of a tower, and the rate at which this GPU does the easiest arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from varlen_vision.compare.timing import stopwatch
+from varlen_vision.families import Family
+
+SQUARE = 8192
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The dimensions of a tower that decide how much arithmetic it takes.
+
+    Attributes:
+        channels: C, the width of attention (heads * head_dim).
+        heads: H.
+        layouts: for each layer the layout that cuts its segments.
+        patch_weights: multiplications that one patch meets in the patch embedding and in the products of all
+            blocks: the entries of their weight matrices.
+        merged_weights: the same for one merge unit of `unit` patches, in the mergers (deepstack ones too).
+        unit: patches per merge unit.
+    """
+
+    channels: int
+    heads: int
+    layouts: tuple[str, ...]
+    patch_weights: int
+    merged_weights: int
+    unit: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.heads
+
+
+def tower_shape(tower: Any, family: Family) -> TowerShape:
+    """Read the shape of a vision tower off its config and the weights of its products.
+
+    The weights are counted rather than worked out from names in the config, which differ between families
+    (mlp_ratio or intermediate_size, two matrices or a gated three).
+    """
+    config = tower.config
+    # Qwen2-VL calls the width of its text part hidden_size and its own embed_dim.
+    channels = int(getattr(config, "embed_dim", None) or config.hidden_size)
+    layouts = family.layouts(config)
+    full = config.fullatt_block_indexes if "windows" in layouts else range(len(tower.blocks))
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    return TowerShape(
+        channels=channels,
+        heads=int(config.num_heads),
+        layouts=tuple("frames" if layer in full else "windows" for layer in range(len(tower.blocks))),
+        patch_weights=_product_weights([tower.patch_embed, tower.blocks]),
+        merged_weights=_product_weights(mergers),
+        unit=int(config.spatial_merge_size) ** 2,
+    )
+
+
+def _product_weights(modules: Iterable[nn.Module]) -> int:
+    """Entries of all weights that multiply activations: matrices and convolution kernels."""
+    return sum(weight.numel() for module in modules for weight in module.parameters() if weight.ndim > 1)
+
+
+def tower_flops(shape: TowerShape, lengths: Mapping[str, tuple[int, ...]]) -> int:
+    """Floating-point operations of one forward: products and attention, two per multiplication and addition.
+
+        2 * T * patch_weights + 2 * T / unit * merged_weights + sum over layers of 4 * C * sum of n^2
+
+    Attention counts q @ k and weights @ v over the n^2 pairs inside each segment, whatever a path computes.
+    Norms, RoPE, softmax and activations are left out: on a GPU memory bounds them, not arithmetic.
+
+    Args:
+        shape: of the tower.
+        lengths: for each layout the patches n of each segment, T in all.
+    """
+    tokens = sum(lengths["frames"])
+    linear = 2 * tokens * shape.patch_weights + 2 * tokens // shape.unit * shape.merged_weights
+    return linear + sum(attention_flops(shape.channels, lengths[layout]) for layout in shape.layouts)
+
+
+def attention_flops(channels: int, lengths: Iterable[int]) -> int:
+    """Floating-point operations of one attention call over segments of the given lengths."""
+    return 4 * channels * sum(n * n for n in lengths)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two SQUARE x SQUARE matrices of random numbers; median of 20 after warm-up."""
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (
+        torch.randn(SQUARE, SQUARE, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    for _ in range(5):
+        left @ right
+    seconds = statistics.median(stopwatch(device, lambda: left @ right) for _ in range(20))
+    return 2 * SQUARE**3 / seconds

@@ -1,0 +1,73 @@
+"""The header of a comparison: machine, versions, commit, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import varlen_vision
+from varlen_vision.compare.results import Machine
+
+PACKAGES = ("varlen_vision", "torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4")
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """Facts about this machine and process, with the GPU's name where `device` is one."""
+    cuda = device.type == "cuda"
+    return Machine(
+        device=torch.cuda.get_device_name(device) if cuda else "CPU",
+        cpu=_cpu_name(),
+        cores=_cores(),
+        threads=torch.get_num_threads(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        cuda=str(torch.version.cuda) if cuda else "not used",
+        commit=commit(Path(varlen_vision.__file__).parent),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
+def commit(folder: Path) -> str:
+    """`git describe` of the checkout that tracks the package in `folder`; ends in -dirty where changed.
+
+    'not a checkout' where git is missing or does not track it: a package installed into an environment that
+    lies in some other repository must not be given that repository's commit.
+    """
+    try:
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+        return _git(folder, "describe", "--always", "--tags", "--dirty", "--abbrev=12")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "not a checkout"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

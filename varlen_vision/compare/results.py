@@ -1,0 +1,177 @@
+"""What a comparison found, as plain data that JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from varlen_vision.parity import Error
+
+Status = Literal["green", "red", "not run"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call.
+
+    Attributes:
+        median: over the samples.
+        low, high: the quartiles; with fewer than four samples the least and the greatest.
+        samples: each a mean over `calls` calls in a row.
+        calls: calls per sample, more than one where a single call is too short to time.
+    """
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the profiler saw in one forward; None where the device or the profiler cannot tell.
+
+    Attributes:
+        copies_to_host: copies from device to host.
+        copies_in_blocks: those issued from the start of the first vision block to the end of the last.
+        synchronisations: times the host waited for a stream, an event or the device.
+        kernels: kernels that ran on the device.
+        aten_calls: PyTorch operators called on the host, nested ones counted too.
+    """
+
+    copies_to_host: int | None
+    copies_in_blocks: int | None
+    synchronisations: int | None
+    kernels: int | None
+    aten_calls: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One path on one workload.
+
+    Attributes:
+        path: its name.
+        status: 'green': in parity, so it was timed; 'red': out of parity, so it was not; 'not run'.
+        note: why it did not run, or what is worth knowing.
+        error: distance of its output from the float64 reference.
+        allowed: what that distance may be.
+        timing: None unless green.
+        first_call: seconds of the first call, compilation included; compiled paths only.
+        peak_bytes: tensor memory in use at once during a forward, beyond what was in use before it.
+        activity: see Activity.
+        speedup: how many times faster than each baseline that was timed.
+        over_floor: time over what the arithmetic alone would take at the measured rate; CUDA only.
+    """
+
+    path: str
+    status: Status
+    note: str = ""
+    error: Error | None = None
+    allowed: Error | None = None
+    timing: Timing | None = None
+    first_call: float | None = None
+    peak_bytes: int | None = None
+    activity: Activity | None = None
+    speedup: dict[str, float] = field(default_factory=dict)
+    over_floor: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkloadResult:
+    """All paths on one workload.
+
+    Attributes:
+        name, description: of the workload.
+        patches: T, in all segments.
+        segments: number of segments in each layout.
+        flops: floating-point operations that it takes.
+        floor: seconds that `flops` take at the measured rate; CUDA only.
+        note: why nothing ran, where nothing did.
+        rows: one per path.
+    """
+
+    name: str
+    description: str
+    patches: int
+    segments: dict[str, int]
+    flops: int
+    floor: float | None = None
+    note: str = ""
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what a comparison ran."""
+
+    device: str
+    cpu: str
+    cores: int
+    threads: int
+    system: str
+    python: str
+    packages: dict[str, str]
+    cuda: str
+    commit: str
+    command: str
+
+
+@dataclass(frozen=True)
+class TowerInfo:
+    """The vision tower compared on."""
+
+    source: str
+    family: str
+    layers: int
+    channels: int
+    heads: int
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run.
+
+    Attributes:
+        machine, tower: where and on what.
+        settings: what was asked for.
+        rate: FLOP/s of a large matrix product, measured in this run; CUDA only.
+        unavailable: the paths that cannot run here, each with the reason.
+        workloads: the whole tower on each workload.
+        attention: attention alone on each list of segment lengths.
+        seconds: duration of the run.
+    """
+
+    machine: Machine
+    tower: TowerInfo | None
+    settings: dict[str, Any]
+    rate: float | None
+    unavailable: dict[str, str]
+    workloads: tuple[WorkloadResult, ...]
+    attention: tuple[WorkloadResult, ...]
+    seconds: float
+
+    @property
+    def red(self) -> list[str]:
+        """'path on workload' of each gate that is red."""
+        results = (*self.workloads, *self.attention)
+        return [
+            f"{row.path} on {result.name}" for result in results for row in result.rows if row.status == "red"
+        ]
+
+    def to_json(self) -> str:
+        """Everything, as strict JSON: figures that are not finite become strings."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
