@@ -113,7 +113,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         options["enable_gqa"] = True
     parts = (_picked if batches[-1].gathered else _split)(q, k, v, batches)
     pieces = [_attend(*part, batch, options) for part, batch in zip(parts, batches, strict=True)]
-    output = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    output = (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]).squeeze(0)
     if not batches[-1].gathered:
         return output
     # The pieces are in the order of the calls: put every row back where it came from.
@@ -150,12 +150,13 @@ def _rows(batch: Batch) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Batch, options: dict[str, Any]) -> Tensor:
-    """(rows, H, D) of equal segments, one after another."""
+    """(1, rows, H, D) of equal segments, one after another."""
     count = len(batch.starts)
-    if count > 1:
-        # (1, H, count * length, D) -> (count, H, length, D), a view
-        q, k, v = (
-            t.squeeze(0).view(t.shape[1], count, batch.length, t.shape[3]).transpose(0, 1) for t in (q, k, v)
-        )
+    if count == 1:  # the common case with ragged lengths, where every view counts
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    # (1, H, count * length, D) -> (count, H, length, D), a view
+    q, k, v = (
+        t.squeeze(0).view(t.shape[1], count, batch.length, t.shape[3]).transpose(0, 1) for t in (q, k, v)
+    )
     output = F.scaled_dot_product_attention(q, k, v, **options)
-    return output.transpose(1, 2).flatten(0, 1)
+    return output.transpose(1, 2).flatten(0, 1).unsqueeze(0)
