@@ -16,7 +16,7 @@ BIN := .venv/bin
 
 compare: .venv/.installed  ## every attention path side by side, on the CPU, with a small checkpoint
 	mkdir -p results
-	$(BIN)/varlen-vision compare --device cpu --json results/compare.json --markdown results/compare.md
+	$(BIN)/varlen-vision compare --device cpu --repeats 45 --json results/compare.json --markdown results/compare.md
 
 test: lint  ## what CI runs
 	$(BIN)/python -m pytest
