@@ -10,7 +10,17 @@ import torch
 
 from varlen_vision.compare.results import Row
 from varlen_vision.compare.speed import with_speed
-from varlen_vision.compare.timing import ROUNDS, Job, Schedule, Work, interleave, schedule, stopwatch, timing
+from varlen_vision.compare.timing import (
+    ROUNDS,
+    Job,
+    Schedule,
+    Work,
+    interleave,
+    of_like_duration,
+    schedule,
+    stopwatch,
+    timing,
+)
 
 CPU = torch.device("cpu")
 
@@ -88,3 +98,17 @@ def test_speed_is_a_ratio_of_medians() -> None:
     assert fast.speedup == {"slow": 4.0} and fast.over_floor == 4.0
     assert slow.speedup == {"slow": 1.0} and slow.over_floor == 16.0
     assert red.speedup == {} and red.over_floor is None
+
+
+def test_jobs_of_very_different_duration_do_not_share_rounds() -> None:
+    seconds = {"mask": 6.0, "a": 0.02, "best mask": 1.5, "b": 0.03, "c": 0.15}
+    assert of_like_duration(seconds) == [["a", "b", "c"], ["mask", "best mask"]]
+    assert of_like_duration({}) == []
+    log: list[str] = []
+    jobs = {
+        name: Job(recorder(name, log), Schedule(ROUNDS, 0, 1, 1), s) for name, s in (("s", 9.0), ("q", 0.1))
+    }
+    turns: list[int] = []
+    interleave(jobs, CPU, lambda: turns.append(len(log)))
+    assert "".join(log) == "qqqqqsssss"
+    assert len(turns) == ROUNDS

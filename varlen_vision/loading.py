@@ -47,7 +47,8 @@ def load_model(
             name that transformers accepts, for the vision part alone.
         kernel: with 'varlen', which kernel: a name from `available_kernels()`, or 'auto'.
         mask_build: with 'sdpa_mask', how the mask is built: 'device_slices' (as transformers 4.51 ships it),
-            'host', 'host_lengths' or 'vectorized' (see varlen_vision.kernels.sdpa_mask).
+            'device_slices_3d' (4.49 and 4.50), 'host', 'host_lengths' or 'vectorized' (see
+            varlen_vision.kernels.sdpa_mask).
         verify: check each swapped block beside the original (see swap_attention).
         from_pretrained_kwargs: passed to `from_pretrained`: dtype, device_map, revision,
             quantization_config, trust_remote_code and so on. `attn_implementation` is for the text part.

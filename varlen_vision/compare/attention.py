@@ -182,7 +182,7 @@ def compare_attention(
     for name, work in inputs.ways().items():
         rows[name], seconds = _examine(name, work, inputs, reference, yardstick, effort)
         if rows[name].status == "green":
-            jobs[name] = Job(_opener(work), schedule(seconds, effort.repeats, effort.budget))
+            jobs[name] = Job(_opener(work), schedule(seconds, effort.repeats, effort.budget), seconds)
     del double, reference
     timed = interleave(jobs, device, lambda: step(f"attention alone: {case.name}"))
     for name in jobs:

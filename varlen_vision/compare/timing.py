@@ -20,6 +20,8 @@ ROUNDS = 5
 # A shorter sample would measure the clock and the interpreter.
 MIN_SAMPLE = 5e-3
 MAX_CALLS = 200
+# Paths are timed in the same rounds where none takes more than this many times as long as another.
+LIKE = 8.0
 
 
 def stopwatch(device: torch.device, work: Work, calls: int = 1) -> float:
@@ -67,10 +69,11 @@ def schedule(seconds: float, repeats: int, budget: float) -> Schedule:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to be timed: entering `opened` sets it up and gives the call."""
+    """Something to be timed: entering `opened` sets it up and gives the call, which takes about `seconds`."""
 
     opened: Callable[[], AbstractContextManager[Work]]
     schedule: Schedule
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,23 +87,39 @@ class Timings:
 def interleave(jobs: Mapping[str, Job], device: torch.device, after_round: Callable[[], None]) -> Timings:
     """Time all jobs in ROUNDS rounds; every other round goes backwards, so that none always follows the same.
 
+    Jobs of very different duration do not share rounds: calls of milliseconds between calls of seconds, which
+    fill caches and memory, were measured up to a quarter too long, and not all of them alike.
+
     A job that runs out of GPU memory is dropped with the reason; any other error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
-    for turn in range(ROUNDS):
-        order = list(jobs) if turn % 2 == 0 else list(jobs)[::-1]
-        for name in order:
-            if turn >= jobs[name].schedule.rounds or name in failed:
-                continue
-            try:
-                with jobs[name].opened() as work:
-                    samples[name] += visit(work, jobs[name].schedule, device)
-            except torch.OutOfMemoryError as error:
-                failed[name] = out_of_memory(error)
-        after_round()
+    groups = of_like_duration({name: job.seconds for name, job in jobs.items()}) or [[]]
+    for group in groups:
+        for turn in range(ROUNDS):
+            for name in group if turn % 2 == 0 else group[::-1]:
+                if turn >= jobs[name].schedule.rounds or name in failed:
+                    continue
+                try:
+                    with jobs[name].opened() as work:
+                        samples[name] += visit(work, jobs[name].schedule, device)
+                except torch.OutOfMemoryError as error:
+                    failed[name] = out_of_memory(error)
+            if group is groups[-1]:
+                after_round()
     done = {name: timing(samples[name], jobs[name].schedule.calls) for name in jobs if name not in failed}
     return Timings(done, failed)
+
+
+def of_like_duration(seconds: Mapping[str, float]) -> list[list[str]]:
+    """Names in groups, quickest first, in which none takes more than LIKE times as long as another."""
+    groups: list[list[str]] = []
+    for name in sorted(seconds, key=lambda name: seconds[name]):
+        if groups and seconds[name] <= LIKE * seconds[groups[-1][0]]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [[name for name in seconds if name in group] for group in groups]
 
 
 def visit(work: Work, plan: Schedule, device: torch.device) -> list[float]:

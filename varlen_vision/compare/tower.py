@@ -168,7 +168,9 @@ def compare_paths(
         found[path.name] = _examine(tower, batch, batch.reference, path, yardstick, effort)
     jobs = {
         path.name: Job(
-            _opener(tower, batch, path), schedule(found[path.name].seconds, effort.repeats, effort.budget)
+            _opener(tower, batch, path),
+            schedule(found[path.name].seconds, effort.repeats, effort.budget),
+            found[path.name].seconds,
         )
         for path in paths
         if found[path.name].row.status == "green" and not path.compiled
