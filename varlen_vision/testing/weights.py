@@ -2,7 +2,7 @@
 
 With the default initialisation of transformers (std 0.02) attention logits are near zero: softmax is
 uniform, and neither a wrong scale nor a missing rotary embedding would change the output. Here the logits of
-the vision tower have a standard deviation of about 2 for inputs of unit variance.
+a tower have a standard deviation of about 2 for inputs of unit variance.
 """
 
 from __future__ import annotations
@@ -22,12 +22,28 @@ VECTOR_NOISE = 0.1
 QUERY_KEY_VARIANCE = 2.0
 """Of q and k entries: q·k / sqrt(head_dim) then has variance 2 * 2, so standard deviation 2."""
 
+# What decides the scale of queries and keys: their norms where there are any, else the layers that project
+# them. Not so in the text models, whose parameters begin with `model.`.
+_QUERY_KEY = re.compile(r"^(?!model\.).*\b(q|k|q_proj|k_proj|q_norm|k_norm)\.weight$")
+_FUSED = re.compile(r"attn\.qkv\.weight$")
+
 # Layers that write to the residual stream, in blocks of either part: divided by sqrt(depth), so that all of
 # them together add about as much as the stream began with.
 _RESIDUAL = re.compile(
-    r"(?P<stack>blocks|layers)\.\d+\..*\b(proj|o_proj|down_proj|fc2|linear_fc2)(\.weight)?$"
+    r"(?P<stack>blocks|layers|layer)\.\d+\..*\b(proj|o_proj|out_proj|down_proj|fc2|linear_fc2|w2)(\.weight)?$"
 )
-_DEPTH = re.compile(r"(?P<stack>blocks|layers)\.(?P<index>\d+)\.")
+_DEPTH = re.compile(r"(?P<stack>blocks|layers|layer)\.(?P<index>\d+)\.")
+
+# Factors like the weight of a norm, around 1.
+_LAYER_SCALE = re.compile(r"\blambda_?\d$")
+
+# Tables and tokens that are added to the stream or stand in it, and their standard deviation.
+_EMBEDDINGS: tuple[tuple[re.Pattern[str], float], ...] = (
+    (re.compile(r"(pos_embed|position_embedding_table)\.weight$"), 0.5),
+    (re.compile(r"position_embeddings?(\.weight)?$"), 0.5),
+    (re.compile(r"(class_embedding|cls_register_token)$"), 0.5),
+    (re.compile(r"embed_tokens\.weight$"), 1.0),
+)
 
 
 def fill(model: nn.Module, seed: int) -> None:
@@ -61,21 +77,23 @@ def _fill_one(seed: int, depths: dict[str, int], name: str, parameter: Tensor) -
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     parameter.normal_(generator=generator).mul_(_std(name, parameter, depths))
-    if parameter.ndim == 1 and name.endswith("weight"):
+    if parameter.ndim == 1 and (name.endswith("weight") or _LAYER_SCALE.search(name)):
         parameter.add_(1)
-    if name.endswith("attn.qkv.weight"):
-        queries_and_keys = 2 * parameter.shape[0] // 3
-        parameter[:queries_and_keys] *= QUERY_KEY_VARIANCE**0.5
+    if _QUERY_KEY.search(name):
+        parameter *= QUERY_KEY_VARIANCE**0.5
+    if _FUSED.search(name):
+        # There are as many query rows as columns; keys and values, perhaps of fewer heads, share the rest.
+        rows, columns = parameter.shape
+        parameter[: rows - (rows - columns) // 2] *= QUERY_KEY_VARIANCE**0.5
 
 
 def _std(name: str, parameter: Tensor, depths: dict[str, int]) -> float:
+    for pattern, std in _EMBEDDINGS:
+        if pattern.search(name):
+            return std
     if parameter.ndim == 1:
         return VECTOR_NOISE
-    if name.endswith("pos_embed.weight"):
-        return 0.5
-    if name.endswith("embed_tokens.weight"):
-        return 1.0
     # Experts are stacked along dimension 0; a convolution sums over all dimensions but the first.
-    fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter.shape[1:].numel()
+    fan_in = parameter.shape[-1] if "experts" in name else parameter.shape[1:].numel()
     found = _RESIDUAL.search(name)
     return 1 / math.sqrt(fan_in * (depths[found["stack"]] if found else 1))
