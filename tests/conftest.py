@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Tiny tensors gain nothing from threads, and lose a lot where several processes share the cores: a parallel
+# region waits for its slowest thread.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -6,119 +6,150 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.towers import FAMILY_NAMES, GRIDS, batch, exact, merged, tower
+from tests.families import TOWERS, batch, exact, make
 from tests.watch import LargestTensor
-from varlen_vision import attention, restore_attention, supported_families, swap_attention
-from varlen_vision.families import FAMILIES
+from varlen_vision import attention, attention_report, restore_attention, supported_families, swap_attention
+from varlen_vision.attention import VarlenAttention
+from varlen_vision.families import FAMILIES, Structure
 from varlen_vision.parity import Error, budget, relative_error
 from varlen_vision.segments import Segments
+from varlen_vision.testing import zoo
 
 KERNELS = ("sdpa_segments", "sdpa_mask", "reference")
+# Those whose layers are cut in more than one way, or whose batch is something else than pixels and a grid.
+UNLIKE = [
+    name
+    for name in ("qwen2_5_vl", "kimi_k25", "inkling2", "minicpmv4_6", "radio", "pixtral", "qwen3_asr")
+    if name in TOWERS
+]
+
+# Their positions are added to the patches, or turned before the blocks.
+WITHOUT_ROPE = {
+    *("cosmos3_edge", "glm_image", "hunyuan_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "radio"),
+    *("qwen2_5_omni_audio", "qwen3_omni_moe_audio", "qwen3_asr"),
+}
 
 
-def errors(model: nn.Module, kernel: str = "auto") -> tuple[Error, Error]:
-    """Distance from float64 of the swapped tower, and the budget that the original's distance gives."""
-    pixels, grid = batch(model)
-    reference = exact(model, pixels, grid)
-    with torch.no_grad():
-        plain = relative_error(merged(model(pixels, grid)), reference)
+def errors(name: str, dtype: torch.dtype, *kernels: str) -> tuple[list[Error], Error]:
+    """Distance from float64 of the swapped tower with each kernel, and the budget from the original's."""
+    model = make(name, dtype)
+    prepared, reference = batch(name, model), exact(name)
+    plain = relative_error(prepared.run(), reference)
+    swapped = []
+    for kernel in kernels:
         swap_attention(model, kernel, verify=False)
-        try:
-            swapped = relative_error(merged(model(pixels, grid)), reference)
-        finally:
-            restore_attention(model)
+        swapped.append(relative_error(prepared.run(), reference))
+        restore_attention(model)
     print(f"swapped {swapped}, original {plain}")
-    return swapped, budget(plain, pixels.dtype)
+    return swapped, budget(plain, dtype)
 
 
-def test_every_supported_family_has_a_checkpoint_to_test_with() -> None:
-    assert {family.name for family in supported_families()} == set(FAMILIES) == set(FAMILY_NAMES)
+def test_every_family_can_be_built_here_or_is_missing_from_transformers() -> None:
+    known = {tower.name for tower in zoo.TOWERS}
+    assert {family.name for family in supported_families() if not family.padded} == known
+    for family in supported_families():
+        assert family.why_missing is None or family.name not in TOWERS
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_tower_parity(family: str, dtype: torch.dtype, kernel: str) -> None:
-    swapped, allowed = errors(tower(family, dtype), kernel)
-    assert swapped.within(allowed)
+@pytest.mark.parametrize("name", TOWERS)
+def test_tower_parity(name: str, dtype: torch.dtype) -> None:
+    swapped, allowed = errors(name, dtype, *KERNELS)
+    for kernel, error in zip(KERNELS, swapped, strict=True):
+        assert error.within(allowed), kernel
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_gradients_of_every_parameter(family: str) -> None:
-    model = tower(family)
-    pixels, grid = batch(model)
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_block_is_swapped_verified_and_given_back(name: str) -> None:
+    model = make(name)
+    attentions = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module).__name__ in FAMILIES[name].attention
+    }
+    before, keys = batch(name, model).run(), list(model.state_dict())
+    report = swap_attention(model)
+    assert {row.name for row in report.blocks} == attentions.keys() and attentions
+    for row in report.blocks:
+        assert row.family == FAMILIES[name].label and "verified" in row.why
+        assert row.error is not None and row.budget is not None and row.error.within(row.budget)
+    assert attention_report(model) == report
+    assert list(model.state_dict()) == keys
+    restore_attention(model)
+    after = dict(model.named_modules())
+    assert all(after[path] is module for path, module in attentions.items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert torch.equal(batch(name, model).run(), before)
 
-    def gradients(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_gradients_of_every_parameter(name: str) -> None:
+    def gradients(module: nn.Module) -> dict[str, Tensor]:
         module.zero_grad()
-        output = merged(module(inputs, grid))
+        output = batch(name, module).run(grad=True)
         # An uneven weight on each output, so that no gradient cancels by symmetry.
         weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
         (output * weight).sum().backward()
-        return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        return {path: p.grad.clone() for path, p in module.named_parameters() if p.grad is not None}
 
-    reference = gradients(tower(family).double(), pixels.double())
-    plain = gradients(model, pixels)
+    reference = gradients(make(name, torch.float64))
+    model = make(name)
+    plain = gradients(model)
     swap_attention(model)
-    swapped = gradients(model, pixels)
+    swapped = gradients(model)
     assert swapped.keys() == plain.keys() == reference.keys()
     assert len(swapped) > 20
-    for name, exact_gradient in reference.items():
+    for path, exact_gradient in reference.items():
         wide = exact_gradient.reshape(len(exact_gradient), -1)
-        error = relative_error(swapped[name].reshape(wide.shape), wide)
-        allowed = budget(relative_error(plain[name].reshape(wide.shape), wide), torch.float32)
-        assert error.overall <= allowed.overall, f"{name}: {error}, allowed {allowed}"
+        error = relative_error(swapped[path].reshape(wide.shape), wide)
+        allowed = budget(relative_error(plain[path].reshape(wide.shape), wide), torch.float32)
+        assert error.overall <= allowed.overall, f"{path}: {error}, allowed {allowed}"
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_images_do_not_see_each_other(family: str) -> None:
-    """Change one image: the tokens of all others stay bit-identical."""
-    model = tower(family)
+@pytest.mark.parametrize("name", TOWERS)
+def test_images_do_not_see_each_other(name: str) -> None:
+    """Leave all but one image out: its tokens stay the same."""
+    model = make(name)
     swap_attention(model)
-    pixels, grid = batch(model)
-    rows = [frames * height * width for frames, height, width in GRIDS]
-    changed = pixels.clone()
-    first = sum(rows[:1])
-    changed[first : first + rows[1]] = torch.randn_like(changed[first : first + rows[1]]) * 3
-    with torch.no_grad():
-        before, after = (merged(model(p, grid)) for p in (pixels, changed))
-    tokens = [row // model.config.spatial_merge_size**2 for row in rows]
-    for index, (old, new) in enumerate(zip(before.split(tokens), after.split(tokens), strict=True)):
-        assert torch.equal(old, new) == (index != 1)
+    whole, alone = batch(name, model).run(), batch(name, model, only=1).run()
+    rows = {tuple(row) for row in (whole * 1e3).round().int().tolist()}
+    same = sum(tuple(row) in rows for row in (alone * 1e3).round().int().tolist())
+    # Rounding to thousandths puts a few values on either side of a border.
+    close = torch.cdist(alone.double(), whole.double()).min(dim=1).values / alone.double().norm(dim=1)
+    assert same > 0 and float(close.max()) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_no_tensor_of_the_size_of_a_mask(family: str) -> None:
-    model = tower(family)
-    pixels, grid = batch(model, ((1, 64, 64),))
-    squared = pixels.shape[0] ** 2
-    largest_honest = pixels.numel()
-    assert largest_honest < squared / 2
-    with torch.no_grad():
-        swap_attention(model, "sdpa_mask")
-        with LargestTensor() as dense:
-            model(pixels, grid)
-        assert dense.numel >= squared  # the watch does see a mask
-        restore_attention(model)
-        swap_attention(model)
-        with LargestTensor() as seen:
-            model(pixels, grid)
-    assert seen.numel <= largest_honest, seen.op
+@pytest.mark.parametrize("name", TOWERS)
+def test_no_mask_over_all_tokens(name: str) -> None:
+    model = make(name)
+    prepared = batch(name, model)
+    swap_attention(model, "sdpa_mask", verify=False)
+    with LargestTensor() as dense:
+        prepared.run()
+    restore_attention(model)
+    swap_attention(model, verify=False)
+    with LargestTensor() as seen:
+        prepared.run()
+    weights = {n for weight in model.parameters() for n in weight.shape}
+    tokens = max(dense.squares - weights)
+    assert tokens > 50  # the watch does see a mask
+    assert tokens not in seen.squares
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_cu_seqlens_is_read_once_per_layout_however_many_layers(family: str) -> None:
-    model = tower(family)
+@pytest.mark.parametrize("name", TOWERS)
+def test_cu_seqlens_is_read_once_per_layout_however_many_layers(name: str) -> None:
+    model = make(name)
     swap_attention(model)
-    pixels, grid = batch(model)
-    reader = model.blocks[0].attn.reader
-    assert all(block.attn.reader is reader for block in model.blocks)
-    layouts = len(FAMILIES[family].layouts(model.config))
-    assert layouts < len(model.blocks)
+    blocks = [module for module in model.modules() if isinstance(module, VarlenAttention)]
+    reader = blocks[0].reader
+    assert all(block.reader is reader for block in blocks)
+    prepared = batch(name, model)
     for _ in range(2):
         before = reader.reads
-        with torch.inference_mode():
-            model(pixels, grid)
-        assert reader.reads - before == layouts
+        prepared.run(inference=True)
+        # Windows beside full attention make two; MiniCPM-V's images shrink twice on their way.
+        assert reader.reads - before <= (3 if "minicpm" in name else 2) and len(blocks) > 1
+        assert reader.reads - before < len(blocks)
 
 
 def _wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,15 +183,18 @@ def _shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_rope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "rotate", lambda q, k, cos, sin: (q, k))
+    monkeypatch.setattr(Structure, "rotate", lambda self, q, k, cos, sin: (q, k))
 
 
-@pytest.mark.parametrize("mutate", [_wrong_scale, _merged_segments, _shifted, _no_rope])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_mutations_turn_parity_red(
-    family: str, dtype: torch.dtype, mutate: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+MUTATIONS = (_wrong_scale, _merged_segments, _shifted, _no_rope)
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS)
+@pytest.mark.parametrize("name", TOWERS)
+def test_mutations_turn_parity_red(name: str, mutate: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutate is _no_rope and name in WITHOUT_ROPE:
+        pytest.skip("its attention does not rotate")
+    # bfloat16 hides most: where it shows there, it shows in float32.
     mutate(monkeypatch)  # type: ignore[operator]
-    swapped, allowed = errors(tower(family, dtype))
+    (swapped,), allowed = errors(name, torch.bfloat16, "auto")
     assert not swapped.within(allowed)

@@ -8,9 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
+from varlen_vision.families import family_of_tower
 from varlen_vision.loading import load_model
 from varlen_vision.testing.checkpoints import write_checkpoint
 from varlen_vision.testing.dimensions import FAMILIES as CHECKPOINT_FAMILIES
@@ -20,14 +24,25 @@ from varlen_vision.testing.weights import fill
 CHECKPOINTS = tuple(CHECKPOINT_FAMILIES)
 FAMILY_NAMES = (*CHECKPOINTS, "qwen2_5_omni")
 
+# The first release of transformers with a family, where that is not the oldest one tested.
+SINCE = {"qwen2_5_omni": "4.52", "qwen3_vl": "4.57", "qwen3_vl_moe": "4.57"}
+
 # Frames, height, width in patches: one merge unit, windows that do not fill, a video, an odd shape.
 GRIDS = ((1, 2, 2), (1, 10, 12), (3, 6, 10), (1, 18, 4))
 
 _FOLDER = TemporaryDirectory()
 
 
+def skip_if_absent(family: str) -> None:
+    """Skip the test where the installed transformers is too old to have `family`."""
+    since, installed = SINCE.get(family, "0"), transformers.__version__
+    if Version(installed) < Version(since):
+        pytest.skip(f"transformers {installed} does not have {family}, which came with {since}")
+
+
 def checkpoint(family: str, vision_only: bool = False) -> Path:
     """A tiny checkpoint of `family`, written once per test run."""
+    skip_if_absent(family)
     path = Path(_FOLDER.name) / (f"{family}-vision" if vision_only else family)
     return path if path.exists() else write_checkpoint(family, path, vision_only=vision_only)
 
@@ -60,7 +75,15 @@ def _omni_tower() -> nn.Module:
 
 def tower(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A vision tower of its own, with transformers' own attention."""
+    skip_if_absent(family)
     return copy.deepcopy(_pristine(family)).to(dtype)
+
+
+def tower_inside(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the vision tower of a whole model: releases keep it in different places."""
+    found = [(name, module) for name, module in model.named_modules() if family_of_tower(module) is not None]
+    assert len(found) == 1
+    return found[0]
 
 
 def batch(

@@ -17,6 +17,7 @@ class LargestTensor(TorchDispatchMode):
         numel: elements of that tensor. Views count as what they show, so an expanded mask does not hide.
         op: the operation that returned it.
         ops: names of all operations, in order.
+        squares: each n for which an operation returned (..., n, n), as a mask over n tokens is.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class LargestTensor(TorchDispatchMode):
         self.numel = 0
         self.op = ""
         self.ops: list[str] = []
+        self.squares: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -31,6 +33,10 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.ops.append(str(func))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.numel:
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            if leaf.numel() > self.numel:
                 self.numel, self.op = leaf.numel(), str(func)
+            if leaf.ndim >= 2 and leaf.shape[-1] == leaf.shape[-2]:
+                self.squares.add(leaf.shape[-1])
         return result

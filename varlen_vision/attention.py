@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from varlen_vision import compiled
 from varlen_vision.errors import SegmentError
-from varlen_vision.families import Family
-from varlen_vision.families.rope import rotate, tables
+from varlen_vision.families import Family, Structure
+from varlen_vision.families.rope import tables
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.segments import SegmentReader
 
@@ -22,7 +24,8 @@ class VarlenAttention(nn.Module):
 
     Args:
         original: the attention module of a vision block; stays unchanged, and is given back by restore.
-        family: how that module is built.
+        family: which family it belongs to.
+        structure: how that module is built.
         reader: reads `cu_seqlens`; shared by all layers of a tower.
         kernel: a name from `available_kernels()`, or 'auto' (chosen per call from the segment lengths).
         options: what that kernel takes, such as `mask_build`.
@@ -32,6 +35,7 @@ class VarlenAttention(nn.Module):
         self,
         original: nn.Module,
         family: Family,
+        structure: Structure,
         reader: SegmentReader,
         kernel: str = "auto",
         options: dict[str, Any] | None = None,
@@ -41,62 +45,104 @@ class VarlenAttention(nn.Module):
             self.__dict__[table] = original.__dict__[table]
         self.__dict__["original"] = original  # past nn.Module, which would register it as a submodule
         self.family = family
+        self.structure = structure
         self.reader = reader
         self.kernel = kernel
         self.options: dict[str, Any] = dict(options or {})
-        self.num_heads: int = original.num_heads  # type: ignore[assignment]
+        _hand_hook(original, self)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor | None = None,
-        *,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def hand_back(self) -> nn.Module:
+        """The original module, in the state in which this one is now."""
+        original: nn.Module = self.__dict__["original"]
+        original.training = self.training
+        _hand_hook(self, original)
+        return original
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """Attend.
 
+        Positional arguments are those of the original's forward, in its order. Used by name are:
+
         Args:
-            hidden_states: (T, C) patches, packed.
-            cu_seqlens: (S + 1,) int32, cumulative patches per segment.
-            position_embeddings: cos and sin of the RoPE angles, (T, D) each.
-            rotary_pos_emb: (T, D / 2) angles, which transformers up to 4.53 may pass in their place.
-            max_seqlen: at least the longest segment, in patches; worked out where it is not given.
-            kwargs: what transformers passes along; unused but for `output_attentions`.
+            hidden_states: (T, C) patches, packed; or (1, T, C), as some families have it.
+            args: see above.
+            kwargs: `cu_seqlens` (S + 1,) int32, cumulative patches per segment, which some families call
+                `cu_seq_lens_q`, and which those that would make a dense mask get as `attention_mask`;
+                `position_embeddings`, cos and sin of the RoPE angles, (T, R) each, R <= head_dim, or, as
+                older releases have it, `rotary_pos_emb`, (T, D / 2) angles; `max_seqlen`, at least the
+                longest segment in patches, worked out where it is not given. The rest of what transformers
+                passes along is not used.
 
         Returns:
-            (T, C) in the dtype of the output projection.
+            Shaped as hidden_states, in the dtype of the output projection; beside None for the attention
+            weights, where the original returns a pair.
 
         Raises:
             SegmentError: the arguments do not describe a packed batch.
             KernelError: the kernel asked for cannot take this call.
             ValueError: attention weights are asked for, which no varlen kernel computes.
         """
-        if kwargs.get("output_attentions"):
+        structure = self.structure
+        given = {**dict(zip(structure.parameters[1:], args, strict=False)), **kwargs}
+        if given.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True: varlen attention never computes the weights; call "
                 "restore_attention(model) and load with attn_implementation='eager' to see them"
             )
-        if hidden_states.ndim != 2:
-            raise SegmentError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}, expected (tokens, channels), packed"
-            )
+        packed, cu_seqlens = self._packed(hidden_states, given)
+        cu_seqlens = self._on_device(cu_seqlens, packed.device)
+        q, k, v = structure.project(self, packed)
+        if structure.rotation is not None:
+            q, k = structure.rotate(q, k, *_tables(given))
+        output = structure.finish(self, self._attend(q, k, v, cu_seqlens, given.get("max_seqlen")))
+        output = output.view(hidden_states.shape[:-1] + output.shape[-1:])
+        return (output, None) if structure.returns_pair else output
+
+    def _packed(self, hidden_states: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Hidden states (T, C) and their cu_seqlens, however the family hands them over."""
+        cu_seqlens, mask = given.get("cu_seqlens"), given.get("attention_mask")
+        if cu_seqlens is None:
+            cu_seqlens = given.get("cu_seq_lens_q")
+        if cu_seqlens is None and not self.structure.takes_cu_seqlens:
+            if mask is not None and mask.ndim != 1:
+                raise SegmentError(
+                    f"attention_mask has shape {tuple(mask.shape)}; expected cu_seqlens in its place, "
+                    "(segments + 1,), which the swapped tower passes. Call the tower, or the model"
+                )
+            cu_seqlens, mask = mask, None
+        shape = tuple(hidden_states.shape)
+        if cu_seqlens is None and len(shape) == 3 and mask is None and self._unpacked_allowed:
+            # Images of one size, a batch row each.
+            rows = torch.arange(shape[0] + 1, dtype=torch.int32, device=hidden_states.device)
+            return hidden_states.flatten(0, 1), rows * shape[1]
         if cu_seqlens is None:
             raise SegmentError("cu_seqlens is missing; expected (segments + 1,) int32")
-        q, k, v = self.family.adapter.project(self, hidden_states, self.num_heads)
-        if position_embeddings is None and rotary_pos_emb is not None:
-            position_embeddings = tables(rotary_pos_emb)
-        if position_embeddings is None:
-            raise ValueError("position_embeddings is missing; expected cos and sin of (tokens, head_dim)")
-        q, k = rotate(q, k, *position_embeddings)
-        attended = self._attend(q, k, v, cu_seqlens, max_seqlen)
-        return self.family.adapter.output(self, attended.flatten(-2))
+        if len(shape) == 3 and shape[0] == 1:
+            return hidden_states.squeeze(0), cu_seqlens
+        if len(shape) != 2:
+            raise SegmentError(
+                f"hidden_states has shape {shape}, expected (tokens, channels) or (1, tokens, channels), "
+                "packed"
+            )
+        return hidden_states, cu_seqlens
 
-    # The host side of a call (which lengths, which kernel) is Python that a compiled graph cannot hold.
-    @torch.compiler.disable
+    def _on_device(self, cu_seqlens: Tensor, device: torch.device) -> Tensor:
+        """Some towers make their `cu_seqlens` on the CPU, and keep them there."""
+        if torch.compiler.is_compiling():
+            return cu_seqlens.to(device)
+        return self.reader.on(device, cu_seqlens)
+
+    @property
+    def _unpacked_allowed(self) -> bool:
+        """Whether the original takes a plain batch when it is given no segments."""
+        return self.structure.takes_cu_seqlens and "attention_mask" in self.structure.parameters
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        dropout = self.structure.dropout if self.training else 0.0
+        if torch.compiler.is_compiling():
+            return compiled.attention(
+                q, k, v, cu_seqlens, max_seqlen, dropout, self.structure.scaling, self.kernel, self.options
+            )
         return flash_attn_varlen_func(
             q,
             k,
@@ -105,16 +151,49 @@ class VarlenAttention(nn.Module):
             cu_seqlens,
             max_seqlen,
             max_seqlen,
-            softmax_scale=self.scaling,
+            dropout_p=dropout,
+            softmax_scale=self.structure.scaling,
             kernel=self.kernel,
             reader=self.reader,
             **self.options,
         )
 
-    @property
-    def scaling(self) -> float | None:
-        """Factor on the scores, the original's; None is 1 / sqrt(head_dim)."""
-        return getattr(self.__dict__["original"], "scaling", None)
-
     def extra_repr(self) -> str:
         return f"family={self.family.name!r}, kernel={self.kernel!r}"
+
+
+def _tables(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """cos and sin of the RoPE angles, (T, R) each."""
+    position, angles = given.get("position_embeddings"), given.get("rotary_pos_emb")
+    if position is None and angles is not None:
+        return tables(angles)
+    if position is None:
+        raise ValueError("position_embeddings is missing; expected cos and sin of (tokens, head_dim)")
+    cos, sin = position
+    return cos, sin
+
+
+# What accelerate keeps on a module that it has hooked (accelerate.hooks.add_hook_to_module).
+_HOOK, _OLD_FORWARD = "_hf_hook", "_old_forward"
+
+
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why a `forward` of the module's own cannot be carried over; None where there is none, or it can."""
+    own = module.__dict__.get("forward")
+    if own is None or (_HOOK in module.__dict__ and isinstance(own, partial) and own.args == (module,)):
+        return None
+    return "its forward was replaced on this very module, which the swap would bypass; undo that first"
+
+
+def _hand_hook(source: nn.Module, target: nn.Module) -> None:
+    """Make the hook of accelerate on `target` what it is on `source`.
+
+    accelerate (device maps, offload) replaces `forward` on the very module by one that calls the hook before
+    and after, so sharing tables does not carry it over.
+    """
+    for name in (_HOOK, _OLD_FORWARD, "forward"):
+        target.__dict__.pop(name, None)
+    if _HOOK in source.__dict__:
+        target.__dict__[_HOOK] = source.__dict__[_HOOK]
+        target.__dict__[_OLD_FORWARD] = target.forward
+        target.__dict__["forward"] = partial(source.__dict__["forward"].func, target)

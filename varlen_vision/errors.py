@@ -25,3 +25,7 @@ class ParityError(SwapError):
 
 class LoadError(VarlenVisionError, ValueError):
     """A checkpoint or one of the arguments of load_model is unusable."""
+
+
+class FamilyError(VarlenVisionError, ValueError):
+    """A family cannot be added to the table, or taken from it. The table is as it was before the call."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from varlen_vision.errors import LoadError
 from varlen_vision.families import FAMILIES
 from varlen_vision.kernels.table import KERNELS, check_kernel
 from varlen_vision.swap import swap_attention
+from varlen_vision.versions import warn_if_untested
 
 # What AutoConfig needs to find the same files as from_pretrained will.
 _LOCATION = (
@@ -62,13 +65,13 @@ def load_model(
         SwapError, KernelError, ParityError: see swap_attention.
     """
     options = _check_arguments(attn, kernel, mask_build)
+    warn_if_untested(transformers.__version__)
     kwargs = _spell_dtype(dict(from_pretrained_kwargs))
     config = _config(name_or_path, kwargs)
     vision_attn = attn if not options else "sdpa"  # what is swapped out should run without extra packages
-    kwargs["attn_implementation"] = _attn_implementation(
-        config, vision_attn, kwargs.pop("attn_implementation", None)
-    )
+    by_part = _attn_implementation(config, vision_attn, kwargs.pop("attn_implementation", None))
     loader = _loader(config, bool(kwargs.get("trust_remote_code")))
+    kwargs |= _spell_attn_implementation(config, by_part, loader, kwargs)
     loaded = loader.from_pretrained(name_or_path, **kwargs)
     if options:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -76,7 +79,7 @@ def load_model(
     return loaded
 
 
-def _check_arguments(attn: str, kernel: str, mask_build: str | None) -> dict[str, str]:
+def _check_arguments(attn: str, kernel: str, mask_build: str | None) -> dict[str, Any]:
     """Arguments of swap_attention; empty where nothing is to be swapped."""
     if kernel != "auto" and attn != "varlen":
         raise LoadError(f"kernel={kernel!r} goes with attn='varlen'; attn is {attn!r}")
@@ -208,6 +211,40 @@ def _model_class(config: Any, architecture: str) -> Any:
         return getattr(importlib.import_module(beside), architecture, None)
     except ImportError:
         return None
+
+
+def _spell_attn_implementation(
+    config: Any, by_part: str | dict[str, str], loader: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of from_pretrained that carry `by_part`; what they replace is taken out of `kwargs`.
+
+    transformers up to 4.53 hands the names of a dictionary to sub-configurations only, and gives 'eager' to
+    what the main configuration describes. Before 4.52 that was the text part of Qwen2-VL. There the names are
+    written into a copy of the configuration.
+    """
+    by_sub_config = hasattr(PreTrainedModel, "_autoset_attn_implementation")
+    if not by_sub_config or isinstance(by_part, str) or config.get_text_config() is not config:
+        return {"attn_implementation": by_part}
+    mapping = getattr(loader, "_model_mapping", None)
+    model_class = loader if mapping is None else mapping.get(type(config), None)
+    if model_class is None:  # code from the hub
+        return {"attn_implementation": by_part}
+    config = copy.deepcopy(config)
+    if "config" not in kwargs:
+        # from_pretrained moves settings into the configuration only where it reads that itself.
+        passed_on = ("torch_dtype", "quantization_config")
+        for name in [name for name in kwargs if hasattr(config, name) and name not in passed_on]:
+            setattr(config, name, kwargs.pop(name))
+    dtype = kwargs.get("torch_dtype")
+    config._attn_implementation = by_part.get("text_config", by_part.get(""))
+    config = model_class._autoset_attn_implementation(  # transformers' default, or its check of the name
+        config,
+        torch_dtype=dtype if isinstance(dtype, torch.dtype) else config.torch_dtype,
+        device_map=kwargs.get("device_map"),
+    )
+    for name in config.sub_configs:
+        getattr(config, name)._attn_implementation = by_part.get(name)
+    return {"config": config}
 
 
 def _spell_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,15 @@ def check_fit(segments: Segments, total: int, max_seqlen: int | None = None) -> 
         )
 
 
+_ACTIVE = threading.local()
+
+
+def current_reader() -> SegmentReader | None:
+    """The reader of the tower whose forward this thread is in; None outside of one."""
+    readers: list[SegmentReader] = getattr(_ACTIVE, "readers", [])
+    return readers[-1] if readers else None
+
+
 class SegmentReader:
     """Turns device `cu_seqlens` into Segments, reading each at most once per forward.
 
@@ -189,11 +198,32 @@ class SegmentReader:
             self.reads += 1
             segments = Segments.from_cu_seqlens(cu_seqlens)
             self._compare_with_plan(segments)
+        self._store(cu_seqlens, version, segments)
+        return segments
+
+    def _store(self, cu_seqlens: Tensor, version: int | None, segments: Segments) -> None:
         if version is not None or getattr(self._local, "inside", False):
+            entries = self._entries()
             entries[id(cu_seqlens)] = (version, segments)
             while len(entries) > _REMEMBERED:
                 entries.popitem(last=False)
-        return segments
+
+    def remember(self, segments: Segments) -> Tensor:
+        """Know `segments` beforehand: their `cu_seqlens`, which is returned, is not read."""
+        cu_seqlens = segments.cu_seqlens
+        self._store(cu_seqlens, _version(cu_seqlens), segments)
+        return cu_seqlens
+
+    def on(self, device: torch.device, cu_seqlens: Tensor) -> Tensor:
+        """`cu_seqlens` on `device`, copied once where a tower made it on the CPU; their lengths are known."""
+        if cu_seqlens.device == device or cu_seqlens.device.type != "cpu":
+            return cu_seqlens
+        segments = self.segments(cu_seqlens)
+        known: tuple[Segments, Tensor] | None = getattr(self._local, "copied", None)
+        if known is None or known[0] is not segments or known[1].device != device:
+            moved = cu_seqlens.to(device, non_blocking=True)
+            self._local.copied = known = (segments, self.remember(Segments(moved, segments.lengths)))
+        return known[1]
 
     def begin_forward(self, planned: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Start a tower forward.
@@ -203,12 +233,18 @@ class SegmentReader:
                 `grid_thw`. On a GPU a layout stands in for reading `cu_seqlens` once it has been seen equal
                 to what the tower computed; one that was ever seen to differ is not used again.
         """
+        if not hasattr(_ACTIVE, "readers"):
+            _ACTIVE.readers = []
+        if not getattr(self._local, "inside", False):
+            _ACTIVE.readers.append(self)
         self._local.inside = True
         self._local.planned = dict(planned or {})
         self._forget_unversioned()  # a forward that failed may have left something
 
     def end_forward(self) -> None:
         """End a tower forward."""
+        if getattr(self._local, "inside", False):
+            _ACTIVE.readers.remove(self)
         self._local.inside = False
         self._local.planned = {}
         self._forget_unversioned()

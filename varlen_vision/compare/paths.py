@@ -61,7 +61,7 @@ class Path:
 
     @contextmanager
     def _kernel_on(self, tower: Any) -> Iterator[None]:
-        options = {"mask_build": self.mask_build} if self.mask_build else {}
+        options: dict[str, Any] = {"mask_build": self.mask_build} if self.mask_build else {}
         # The gate checks the whole tower; checking each block beforehand would only take time.
         swap_attention(tower, kernel=self.kernel, verify=False, **options)
         try:
@@ -154,6 +154,8 @@ def _flash_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"dtype is {str(dtype).removeprefix('torch.')}, it takes bfloat16, float16"
     if available is None:
         return f"transformers {version} does not have it"
+    if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
+        return f"transformers {version} cannot change the attention of a model in memory"
     return "" if available() else f"its package is not installed, says transformers {version}"
 
 

@@ -1,125 +1,118 @@
-"""The model families whose vision attention can be swapped, as data.
+"""The model families whose packed attention can be swapped, as data.
 
-Another family of a known kind is one entry here; another kind of module is one adapter in `adapters.py`.
+How an attention module is built is read off the module itself (`structure.py`); an entry here says which
+classes of which module they are, and what cannot be read off. `register_family` adds one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
 
-from varlen_vision.families.adapters import Adapter, FusedQKV, SeparateQKV
-from varlen_vision.plan import FrameLayout, Layout, WindowLayout
+from varlen_vision.errors import FamilyError
+from varlen_vision.families.family import Family, LayoutsOf, no_layouts
+from varlen_vision.families.structure import Structure, StructureError, describe, looks_packed
+from varlen_vision.families.table import BUILT_IN
 
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Structure",
+    "StructureError",
+    "describe",
+    "family_of_attention",
+    "family_of_tower",
+    "looks_packed",
+    "register_family",
+    "supported_families",
+    "unregister_family",
+]
 
-def frames(config: Any) -> dict[str, Layout]:
-    """Every layer attends within a frame."""
-    return {"frames": FrameLayout()}
-
-
-def frames_and_windows(config: Any) -> dict[str, Layout]:
-    """Some layers attend within a frame, the others within square windows of it."""
-    window = WindowLayout(config.window_size, config.patch_size, config.spatial_merge_size)
-    return {"frames": FrameLayout(), "windows": window}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model family.
-
-    Attributes:
-        name: as transformers spells it in `model_type`.
-        label: as people write it.
-        attention: class names of its vision attention, in `transformers.models.<name>.modeling_<name>`;
-            releases before 4.53 had one class per implementation.
-        tower: class name of its vision tower, in the same module.
-        adapter: how its attention module is built.
-        layouts: from the tower's config, how its layers cut the patches.
-    """
-
-    name: str
-    label: str
-    attention: tuple[str, ...]
-    tower: str
-    adapter: Adapter
-    layouts: Callable[[Any], Mapping[str, Layout]]
-
-    @property
-    def module(self) -> str:
-        return f"transformers.models.{self.name}.modeling_{self.name}"
-
-
-_FAMILIES = (
-    Family(
-        name="qwen2_vl",
-        label="Qwen2-VL",
-        attention=("VisionAttention", "VisionSdpaAttention", "VisionFlashAttention2"),
-        tower="Qwen2VisionTransformerPretrainedModel",
-        adapter=FusedQKV(),
-        layouts=frames,
-    ),
-    Family(
-        name="qwen2_5_vl",
-        label="Qwen2.5-VL",
-        attention=(
-            "Qwen2_5_VLVisionAttention",
-            "Qwen2_5_VLVisionSdpaAttention",
-            "Qwen2_5_VLVisionFlashAttention2",
-        ),
-        tower="Qwen2_5_VisionTransformerPretrainedModel",
-        adapter=FusedQKV(),
-        layouts=frames_and_windows,
-    ),
-    Family(
-        name="qwen2_5_omni",
-        label="Qwen2.5-Omni (vision)",
-        attention=("Qwen2_5OmniVisionAttention",),
-        tower="Qwen2_5OmniVisionEncoder",
-        adapter=SeparateQKV(),
-        layouts=frames_and_windows,
-    ),
-    Family(
-        name="qwen3_vl",
-        label="Qwen3-VL",
-        attention=("Qwen3VLVisionAttention",),
-        tower="Qwen3VLVisionModel",
-        adapter=FusedQKV(),
-        layouts=frames,
-    ),
-    Family(
-        name="qwen3_vl_moe",
-        label="Qwen3-VL-MoE",
-        attention=("Qwen3VLMoeVisionAttention",),
-        tower="Qwen3VLMoeVisionModel",
-        adapter=FusedQKV(),
-        layouts=frames,
-    ),
-)
-
-FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
+FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
 
 def supported_families() -> list[Family]:
-    """Every family that can be swapped."""
+    """Every family in the table; `why_missing` says why the installed transformers lacks one."""
     return list(FAMILIES.values())
 
 
-def family_of_attention(module: nn.Module) -> Family | None:
-    """The family whose vision attention `module` is; subclasses count, being checked before the swap."""
-    return _match(module, lambda family: family.attention)
+def register_family(
+    name: str,
+    attention: type[nn.Module] | tuple[type[nn.Module], ...],
+    tower: type[nn.Module],
+    *,
+    label: str | None = None,
+    layouts: LayoutsOf = no_layouts,
+) -> Family:
+    """Add a family to the table, so that its blocks are swapped by name and not by resemblance.
+
+    Args:
+        name: how it is to be called; new to the table.
+        attention: the class of its attention module, or several. It must have the common shape: layers for
+            q, k and v, an output layer, a number of heads, and a forward that takes `cu_seqlens`.
+        tower: the class of the module that holds all its blocks and is called once per forward.
+        label: as people write it; default `name`.
+        layouts: (tower's config) -> {name: Layout}, how its layers cut the patches of `grid_thw`; with it,
+            `cu_seqlens` need not be read from the GPU (see varlen_vision.plan). Default: they are read.
+
+    Returns:
+        The new entry of `supported_families()`.
+
+    Raises:
+        FamilyError: the name, or one of the classes, is in the table already, or a class is not an nn.Module.
+    """
+    classes = attention if isinstance(attention, tuple) else (attention,)
+    if name in FAMILIES:
+        raise FamilyError(
+            f"a family {name!r} is registered already ({FAMILIES[name].module}); choose another name, or "
+            f"call unregister_family({name!r}) first"
+        )
+    if not classes:
+        raise FamilyError(f"family {name!r} names no attention class; expected at least one")
+    for cls in (*classes, tower):
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise FamilyError(f"{cls!r} is not a class of torch.nn.Module; expected the class itself")
+        taken = next((f for f in FAMILIES.values() if f.names(cls)), None)
+        if taken is not None:
+            raise FamilyError(f"{cls.__module__}.{cls.__name__} belongs to family {taken.name!r} already")
+    family = Family(
+        name=name,
+        label=label or name,
+        attention=tuple(cls.__qualname__ for cls in classes),
+        tower=tower.__qualname__,
+        layouts=layouts,
+        module=tower.__module__,
+        classes=(*classes, tower),
+    )
+    FAMILIES[name] = family
+    return family
+
+
+def unregister_family(name: str) -> None:
+    """Take back `register_family`; models swapped meanwhile stay swapped.
+
+    Raises:
+        FamilyError: no such family, or one that comes with the library.
+    """
+    if name not in FAMILIES:
+        raise FamilyError(f"no family {name!r} is registered; known: {', '.join(FAMILIES)}")
+    if not FAMILIES[name].classes:
+        raise FamilyError(f"family {name!r} comes with the library; only added ones can be taken back")
+    del FAMILIES[name]
+
+
+def family_of_attention(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
+    """The family whose attention `module` is, and the class that says so; a subclass of one counts."""
+    for cls in type(module).__mro__:
+        for family in FAMILIES.values():
+            if family.is_attention(cls):
+                return family, cls
+    return None
 
 
 def family_of_tower(module: nn.Module) -> Family | None:
-    """The family whose vision tower `module` is."""
-    return _match(module, lambda family: (family.tower,))
-
-
-def _match(module: nn.Module, names: Callable[[Family], tuple[str, ...]]) -> Family | None:
+    """The family whose tower `module` is."""
     for cls in type(module).__mro__:
-        for family in _FAMILIES:
-            if cls.__module__ == family.module and cls.__name__ in names(family):
+        for family in FAMILIES.values():
+            if family.is_tower(cls):
                 return family
     return None

@@ -1,0 +1,143 @@
+"""Varlen attention as one operator of a compiled graph.
+
+Which lengths a batch has and which kernel they call for is Python that a graph cannot hold. torch.compile
+sees one opaque operator with symbolic sizes: no graph break, and no recompilation when images change.
+
+Source: PyTorch's custom operators, https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlen_vision.kernels import flash_attn_varlen_func
+from varlen_vision.segments import current_reader
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    kernel: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """`flash_attn_varlen_func` for self-attention, as an operator; shapes as there.
+
+    The backward runs the forward once more, since an operator can hand no graph of its own over. Dropout
+    would draw other numbers there, so it is refused while gradients are needed.
+
+    Raises:
+        ValueError: dropout_p > 0.
+    """
+    if dropout_p:
+        raise ValueError(
+            "attention dropout is above 0 and the model is compiled and in training; set it to 0 in the "
+            "config, or do not compile the vision blocks"
+        )
+    text = ",".join(f"{name}={value}" for name, value in options.items())  # an operator takes no dictionary
+    result: Tensor = torch.ops.varlen_vision.attention(
+        q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, text
+    )
+    return result
+
+
+@torch.library.custom_op("varlen_vision::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    softmax_scale: float | None,
+    kernel: str,
+    options: str,
+) -> Tensor:
+    return _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options).contiguous()
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("varlen_vision::attention_backward", mutates_args=())
+def _attention_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    softmax_scale: float | None,
+    kernel: str,
+    options: str,
+) -> list[Tensor]:
+    with _autograd():
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        leaf_q, leaf_k, leaf_v = leaves
+        output = _run(leaf_q, leaf_k, leaf_v, cu_seqlens, max_seqlen, softmax_scale, kernel, options)
+        gradients = torch.autograd.grad(output, leaves, gradient)
+    return [tensor.contiguous() for tensor in gradients]
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Record operations for a backward, although an operator's own implementation runs below autograd."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    keys = torch._C.DispatchKey
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
+
+
+@_attention_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (q, k, v)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    gradients = torch.ops.varlen_vision.attention_backward(gradient, *ctx.saved_tensors, *ctx.rest)
+    return (*gradients, None, None, None, None, None)
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    softmax_scale: float | None,
+    kernel: str,
+    options: str,
+) -> Tensor:
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        softmax_scale=softmax_scale,
+        kernel=kernel,
+        reader=current_reader(),
+        **(dict(option.split("=") for option in options.split(",")) if options else {}),
+    )
