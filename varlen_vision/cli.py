@@ -38,10 +38,10 @@ def kernels(
         )
     console.print(table)
     table = Table(title="Model families", title_justify="left")
-    for heading in ("family", "model_type", "attention modules"):
+    for heading in ("family", "name", "tower", "here"):
         table.add_column(heading, overflow="fold")
     for family in supported_families():
-        table.add_row(family.label, family.name, ", ".join(family.attention))
+        table.add_row(family.label, family.name, family.tower, escape(family.why_missing or "yes"))
     console.print(table)
 
 

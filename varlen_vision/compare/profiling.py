@@ -52,7 +52,7 @@ def profile_forward(
     """
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            peak = _cuda_peak(device, lambda: _marked(forward, blocks))
+            peak = cuda_peak(device, lambda: _marked(forward, blocks))
         return count(_events(profiler), on_gpu=True), peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _marked(forward, None)
@@ -145,7 +145,8 @@ def _edges(blocks: Sequence[nn.Module] | None) -> Iterator[None]:
             handle.remove()
 
 
-def _cuda_peak(device: torch.device, work: Callable[[], object]) -> int:
+def cuda_peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes that a call of `work` takes on a GPU at its peak, beyond what was allocated before."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -29,8 +29,8 @@ def towers() -> list[Tower]:
     return [tower for tower in TOWERS if missing(tower) is None]
 
 
-def missing(tower: Tower) -> str | None:
-    """Why the installed transformers does not have `tower`; None if it has."""
+def absent(tower: Tower) -> str | None:
+    """Why the installed transformers does not have the classes of `tower`; None if it has."""
     try:
         modeling = importlib.import_module(tower.modeling)
         importlib.import_module(tower.configuration)
@@ -39,20 +39,27 @@ def missing(tower: Tower) -> str | None:
     for name in (tower.tower, tower.attention):
         if not hasattr(modeling, name):
             return f"{tower.modeling} has no {name}"
-    if not getattr(modeling, tower.tower)._supports_sdpa:
-        return f"{tower.tower} has no sdpa attention"
+    return None
+
+
+def missing(tower: Tower) -> str | None:
+    """Why the installed transformers does not have `tower` in a form to be compared with; None if it has."""
+    if (reason := absent(tower)) is not None:
+        return reason
+    attention = getattr(importlib.import_module(tower.modeling), tower.attention)
+    parameters = inspect.signature(attention.forward).parameters
     # Some families came with padded batches and a dense mask, and were packed in a later release.
-    parameters = inspect.signature(getattr(modeling, tower.attention).forward).parameters
-    for name in filter(None, (tower.cut_by, tower.needs)):
-        if name not in parameters:
-            return f"{tower.attention} takes no {name}"
+    if tower.cut_by not in parameters:
+        return f"{tower.attention} takes no {tower.cut_by} there: its batches are not packed"
+    if tower.needs and tower.needs not in parameters:
+        return tower.otherwise
     return None
 
 
 def build(
     tower: Tower, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> nn.Module:
-    """The tower in eval mode, with transformers' `sdpa` attention and the weights of `fill`.
+    """The tower in eval mode, with transformers' `sdpa` attention (or its only one) and weights of `fill`.
 
     Buffers keep their own dtype, as in a checkpoint loaded in `dtype`: RoPE frequencies stay float32.
     """
@@ -60,7 +67,7 @@ def build(
     config = getattr(importlib.import_module(tower.configuration), tower.config)(**settings)
     cls: Any = getattr(importlib.import_module(tower.modeling), tower.tower)
     # Not on the meta device: buffers are computed while the module is made.
-    model: nn.Module = cls._from_config(config, attn_implementation="sdpa")
+    model: nn.Module = cls._from_config(config, attn_implementation="sdpa" if cls._supports_sdpa else "eager")
     fill(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

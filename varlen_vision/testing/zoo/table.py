@@ -31,6 +31,7 @@ class Tower:
         output: field of its output that goes on to the language model, or to a merger outside of the tower.
         cut_by: parameter of its attention's forward that cuts the packed sequence into segments.
         needs: another parameter of it, by which a release is known whose `sdpa` attention works.
+        otherwise: what is wrong with the releases without it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Tower:
     output: str = "pooler_output"
     cut_by: str = "cu_seqlens"
     needs: str = ""
+    otherwise: str = ""
 
     @property
     def modeling(self) -> str:
@@ -371,6 +373,9 @@ TOWERS: tuple[Tower, ...] = (
         config="Qwen3OmniMoeAudioEncoderConfig",
         # Before (5.5, not 5.17) only flash attention kept the clips apart: with sdpa all see each other.
         needs="max_seqlen",
+        otherwise="under sdpa the clips of a batch see each other in transformers' own encoder: it hands "
+        "cu_seqlens to layers that use a mask, and makes no mask. A swapped encoder keeps clips apart, so "
+        "there is nothing right to compare it with",
         settings=_audio(n_window=50, n_window_infer=200, downsample_hidden_size=8),
         images=CLIPS,
         batch=batches.clips,
