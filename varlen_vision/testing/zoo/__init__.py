@@ -19,13 +19,24 @@ from torch import Tensor, nn
 
 from varlen_vision.testing.weights import fill
 from varlen_vision.testing.zoo.batches import Image
-from varlen_vision.testing.zoo.table import TOWERS, Tower
+from varlen_vision.testing.zoo.table import PADDED, TOWERS, Tower
 
-__all__ = ["TOWERS", "Tower", "attention", "build", "inputs", "missing", "output", "towers"]
+__all__ = [
+    "PADDED",
+    "TOWERS",
+    "Tower",
+    "absent",
+    "attention",
+    "build",
+    "inputs",
+    "missing",
+    "output",
+    "towers",
+]
 
 
 def towers() -> list[Tower]:
-    """Every tower that the installed transformers has."""
+    """Every packed tower that the installed transformers has."""
     return [tower for tower in TOWERS if missing(tower) is None]
 
 

@@ -120,6 +120,22 @@ def strip(model: nn.Module, images: Sequence[Image]) -> Inputs:
     return inputs
 
 
+def padded_rows(model: nn.Module, images: Sequence[Image]) -> Inputs:
+    """Patches (n, N, C * p * p) padded to the most of any image, their mask (n, N), spatial_shapes (n, 2)."""
+    config: Any = model.config
+    width = config.num_channels * config.patch_size**2
+    most = max(image.patches for image in images)
+    pixels = [
+        pad(image.pixels(model, image.patches, width), (0, 0, 0, most - image.patches)) for image in images
+    ]
+    counts = _integers(model, [image.patches for image in images])
+    return {
+        "pixel_values": torch.stack(pixels),
+        "pixel_attention_mask": (torch.arange(most, device=counts.device) < counts[:, None]).int(),
+        "spatial_shapes": _integers(model, [image.size[1:] for image in images]),
+    }
+
+
 def padded(model: nn.Module, images: Sequence[Image]) -> Inputs:
     """Images (n, C, H, W), padded to the largest, and image_sizes (n, 2) in pixels."""
     config: Any = model.config

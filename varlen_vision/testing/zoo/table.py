@@ -427,3 +427,17 @@ TOWERS: tuple[Tower, ...] = (
         output="last_hidden_state",
     ),
 )
+
+PADDED: tuple[Tower, ...] = (
+    Tower(
+        name="siglip2",
+        tower="Siglip2VisionModel",
+        attention="Siglip2Attention",
+        config="Siglip2VisionConfig",
+        settings=_by_layers(72, num_patches=64, patch_size=16),
+        images=IMAGES,
+        batch=batches.padded_rows,
+        cut_by="attention_mask",
+    ),
+)
+"""Towers whose batches are padded, not packed: `cut_by` is the mask over the padding."""
