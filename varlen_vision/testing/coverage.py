@@ -55,15 +55,16 @@ hand. *rotation*: halves (i, i + D/2), pairs (2i, 2i + 1), or none; *segments*: 
 
 ## Padded and masked encoders
 
-SigLIP 2 (NaFlex) carries the padding of its batches through every layer. Swapped, it is packed once before the first
-block and padded again after the last; measured in [results/padded.md](results/padded.md). What the others would need:
+SigLIP 2 (NaFlex) carries the padding of its batches through every layer. Swapped, it is packed once before
+the first block and padded again after the last; measured in [results/padded.md](results/padded.md). What
+the others would need:
 
 - **LFM2-VL**: nothing more. Its `vision_tower` is SigLIP 2's, and is swapped as that.
-- **Idefics3, SmolVLM**: a padded entry for their `*VisionAttention` and `*VisionTransformer`. Their embeddings need
-  `patch_attention_mask` (B, H/p, W/p) for positions, so the tower must keep it, and only the mask of (B, 1, N, N)
-  behind the embeddings must not be made. Their connector has no mask: rows of padding become image tokens and reach
-  the language model, so a swapped tower would have to compute those rows as transformers does, or the model's
-  output changes wherever a batch has padding.
+- **Idefics3, SmolVLM**: a padded entry for their `*VisionAttention` and `*VisionTransformer`. Their
+  embeddings need `patch_attention_mask` (B, H/p, W/p) for positions, so the tower must keep it, and only
+  the mask of (B, 1, N, N) behind the embeddings must not be made. Their connector has no mask: rows of
+  padding become image tokens and reach the language model, so a swapped tower would have to compute those
+  rows as transformers does, or the model's output changes wherever a batch has padding.
 
 ## A family of your own
 
