@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: compare test lint test-gpu clean
+.PHONY: compare test lint test-versions test-ci-versions families test-gpu clean
 
 .venv/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,8 +21,18 @@ compare: .venv/.installed  ## every attention path side by side, on the CPU, wit
 	mkdir -p results
 	$(BIN)/varlen-vision compare --device cpu --repeats 45 --json results/compare.json --markdown results/compare.md
 
-test: lint  ## what CI runs
-	$(BIN)/python -m pytest
+test: lint  ## ruff, mypy, pytest with the newest transformers
+	$(BIN)/python -m pytest --numprocesses auto
+
+test-versions: .venv/.installed  ## pytest with every release of transformers in constraints/
+	$(BIN)/nox
+
+test-ci-versions: .venv/.installed  ## the oldest of them and one from the middle, as CI does after `make test`
+	$(BIN)/nox --tags ci
+
+families: .venv/.installed  ## docs/families.md: every family tried with every release in constraints/
+	$(BIN)/nox --session families
+	$(BIN)/python -m varlen_vision.testing.coverage write docs/families docs/families.md
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -34,4 +44,4 @@ test-gpu:  ## kernels and towers on a CUDA GPU
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu -m gpu
 
 clean:
-	rm -rf .venv build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .nox build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache

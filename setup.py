@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+TEST = ["hypothesis", "pytest", "pytest-xdist", "scikit-image"]
+
 setup(
     name="varlen_vision",
     version="0.1.0",
@@ -28,14 +30,16 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
-        "report": ["scikit-image"],
+        "report": ["matplotlib", "scikit-image"],
+        "test": TEST,
         "dev": [
-            "hypothesis",
+            *TEST,
             "mypy",
+            "nox",
+            "peft",
             "pre-commit",
-            "pytest",
             "ruff",
-            "scikit-image",
+            "torchao",
             "triton; sys_platform == 'linux'",
         ],
     },

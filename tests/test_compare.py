@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import varlen_vision.compare.run as run_module
-from tests.towers import checkpoint, tower
+from tests.towers import checkpoint, merged, tower
 from varlen_vision.compare import needs
 from varlen_vision.compare.attention import PER_SEGMENT, Lengths
 from varlen_vision.compare.errors import CompareError
@@ -146,7 +146,7 @@ def test_the_tower_is_left_as_it_was(photos: Path) -> None:
     modules = dict(loaded.module.named_modules())
     batch = prepare(loaded, loaded.double(), workload(photos))
     with torch.no_grad():
-        before = batch.call(loaded.module).pooler_output
+        before = merged(batch.call(loaded.module))
     selection = select((), False, CPU, torch.float32, loaded.shape.head_dim)
     result = compare_paths(loaded, batch, selection.usable, Effort(1, 0.1), None, lambda label: None)
     assert len(result.rows) == len(USABLE)
@@ -155,7 +155,7 @@ def test_the_tower_is_left_as_it_was(photos: Path) -> None:
     assert not any(hooks)
     assert loaded.module.config._attn_implementation == PLAIN
     with torch.no_grad():
-        assert torch.equal(batch.call(loaded.module).pooler_output, before)
+        assert torch.equal(merged(batch.call(loaded.module)), before)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
@@ -303,7 +303,7 @@ def test_attention_alone_is_compared_with_one_call_per_segment(small_attention: 
 
 
 def workload(folder: Path) -> Workload:
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return folder_workload(folder, AutoImageProcessor.from_pretrained(checkpoint("qwen2_5_vl", True)))
 

@@ -157,7 +157,10 @@ def _wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention,
         "flash_attn_varlen_func",
-        lambda *a, softmax_scale, **k: right(*a, softmax_scale=softmax_scale * 1.1, **k),
+        # Modules of transformers 4.51 do not name their scale, so None comes, for 1 / sqrt(head_dim).
+        lambda q, *a, softmax_scale, **k: right(
+            q, *a, softmax_scale=1.1 * (softmax_scale or q.shape[-1] ** -0.5), **k
+        ),
     )
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
-from tests.towers import CHECKPOINTS, batch, checkpoint, merged, tower
+from tests.towers import CHECKPOINTS, batch, checkpoint, merged, tower, tower_inside
 from varlen_vision import attention_report, load_model, loading, restore_attention
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import KernelError, LoadError
@@ -26,8 +28,9 @@ def kernels(model: nn.Module) -> set[str]:
 
 
 def implementations(model: Any) -> tuple[str, str]:
-    """What transformers would use in the vision part and in the text part."""
-    return model.config.vision_config._attn_implementation, model.config.text_config._attn_implementation
+    """What transformers uses in the vision part and in the text part."""
+    vision, text = tower_inside(model)[1], model.get_decoder()
+    return vision.config._attn_implementation, text.config._attn_implementation
 
 
 @pytest.mark.parametrize("vision_only", [False, True])
@@ -35,7 +38,7 @@ def implementations(model: Any) -> tuple[str, str]:
 def test_every_family_loads_whole_and_as_a_tower(family: str, vision_only: bool) -> None:
     model = load_model(checkpoint(family, vision_only), dtype=torch.float32)
     assert kernels(model) == {"sdpa_segments"}
-    tower_ = model if vision_only else model.model.visual
+    tower_ = model if vision_only else tower_inside(model)[1]
     assert type(tower_) is type(tower(family))
 
 
@@ -94,7 +97,20 @@ def test_arguments_reach_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     load_model(path, **asked)
     assert recorder.name == path
+    if Version(transformers.__version__) < Version("4.56"):
+        asked["torch_dtype"] = asked.pop("dtype")
     assert recorder.kwargs == asked | {"attn_implementation": "sdpa"}
+
+
+def test_settings_of_the_configuration_reach_it() -> None:
+    path = checkpoint(FAMILY)
+    assert load_model(path, image_token_id=7).config.image_token_id == 7
+    config = AutoConfig.from_pretrained(path)
+    config.image_token_id = 8
+    before = config.to_dict()
+    model = load_model(path, attn="eager", config=config)
+    assert model.config.image_token_id == 8 and implementations(model) == ("eager", "sdpa")
+    assert config.to_dict() == before
 
 
 def test_generation_is_the_same_with_and_without_the_swap() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+from torch import Tensor
 
 from tests.tolerance import cumulative
+from tests.towers import GRIDS, batch, tower
 from varlen_vision.plan import FrameLayout, Grid, WindowLayout, plan_lengths
 
 WINDOW = 112
@@ -23,20 +28,52 @@ def batches(draw: st.DrawFn) -> tuple[list[Grid], int, int]:
     return grids, patch_size, merge_size
 
 
+def cuts_of_transformers(grid_thw: Tensor, patch_size: int, merge_size: int) -> dict[str, Tensor]:
+    """`cu_seqlens` per layout, from what the installed release has as a function of its own."""
+    if importlib.util.find_spec("transformers.vision_utils") is not None:
+        utils = importlib.import_module("transformers.vision_utils")
+        windows = utils.get_vision_window_index(grid_thw, merge_size, WINDOW, patch_size)[1]
+        return {"frames": utils.get_vision_cu_seqlens(grid_thw), "windows": windows}
+    # Older releases have a method for the windows; the frames are cut inside the tower's forward.
+    modeling = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    like_a_tower = SimpleNamespace(
+        window_size=WINDOW,
+        patch_size=patch_size,
+        spatial_merge_size=merge_size,
+        spatial_merge_unit=merge_size**2,
+    )
+    _, cuts = modeling.Qwen2_5_VisionTransformerPretrainedModel.get_window_index(like_a_tower, grid_thw)
+    return {"windows": torch.unique_consecutive(torch.tensor(cuts, dtype=torch.int32))}
+
+
 def check(grids: list[Grid], patch_size: int, merge_size: int) -> None:
-    grid_thw = torch.tensor(grids)
-    _, windows = get_vision_window_index(grid_thw, merge_size, WINDOW, patch_size)
     layouts = {"frames": FrameLayout(), "windows": WindowLayout(WINDOW, patch_size, merge_size)}
     planned = plan_lengths(grids, layouts)
     assert list(planned) == ["frames", "windows"]
-    assert torch.equal(cumulative(planned["frames"]), get_vision_cu_seqlens(grid_thw))
-    assert torch.equal(cumulative(planned["windows"]), windows)
+    for layout, cuts in cuts_of_transformers(torch.tensor(grids), patch_size, merge_size).items():
+        assert torch.equal(cumulative(planned[layout]), cuts)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(batches())
 def test_lengths_are_those_of_transformers(batch: tuple[list[Grid], int, int]) -> None:
     check(*batch)
+
+
+def test_lengths_are_those_that_a_tower_gives_its_blocks() -> None:
+    model = tower("qwen2_5_vl")
+    seen: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs: seen.append(kwargs["cu_seqlens"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(*batch(model))
+    layouts = {"windows": WindowLayout(WINDOW, 14, 2), "frames": FrameLayout()}
+    planned = plan_lengths(GRIDS, layouts)
+    assert len(seen) == 4
+    for cu_seqlens, layout in zip(seen, ["windows", "frames"] * 2, strict=True):
+        assert torch.equal(cu_seqlens, cumulative(planned[layout]))
 
 
 def test_lengths_where_windows_do_not_fit() -> None:

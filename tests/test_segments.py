@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
@@ -18,9 +18,16 @@ from torch import Tensor
 from tests.tolerance import cumulative, packed
 from varlen_vision.errors import KernelError, SegmentError, VarlenVisionError
 from varlen_vision.kernels import flash_attn_varlen_func
-from varlen_vision.segments import SegmentReader, Segments, check_fit
+from varlen_vision.segments import _ACTIVE, SegmentReader, Segments, check_fit
 
 some_lengths = st.lists(st.integers(0, 200), min_size=1, max_size=50).filter(any)
+
+
+@pytest.fixture(autouse=True)
+def no_forward_goes_on() -> Iterator[None]:
+    """Tests here begin forwards and never end them; tests of towers would take themselves to be inside."""
+    yield
+    _ACTIVE.readers = []
 
 
 @settings(deadline=None, derandomize=True)

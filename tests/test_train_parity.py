@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from click.testing import Result
 from torch import nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.towers import batch, tower
 from varlen_vision.compare import training_plot

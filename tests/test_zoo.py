@@ -111,6 +111,8 @@ def test_segments_are_ragged_and_matter(tower: Tower) -> None:
 @every_tower
 def test_attention_matters(tower: Tower, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits are spread as in a trained tower; with uniform attention the output is another."""
+    if not type(model_of(tower))._supports_sdpa:
+        pytest.skip("this release writes its attention out, in no function that could be replaced")
     right = nn.functional.scaled_dot_product_attention
     spreads = []
 

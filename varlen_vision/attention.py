@@ -180,6 +180,9 @@ _HOOK, _OLD_FORWARD = "_hf_hook", "_old_forward"
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a `forward` of the module's own cannot be carried over; None where there is none, or it can."""
     own = module.__dict__.get("forward")
+    # accelerate, when it takes its hook away, leaves the module's own forward there.
+    if getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward:
+        return None
     if own is None or (_HOOK in module.__dict__ and isinstance(own, partial) and own.args == (module,)):
         return None
     return "its forward was replaced on this very module, which the swap would bypass; undo that first"

@@ -128,6 +128,7 @@ def _run(
     kernel: str,
     options: str,
 ) -> Tensor:
+    named: dict[str, Any] = dict(option.split("=") for option in options.split(",")) if options else {}
     return flash_attn_varlen_func(
         q,
         k,
@@ -139,5 +140,5 @@ def _run(
         softmax_scale=softmax_scale,
         kernel=kernel,
         reader=current_reader(),
-        **(dict(option.split("=") for option in options.split(",")) if options else {}),
+        **named,
     )

@@ -180,6 +180,8 @@ class SegmentReader:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self.replaces_masks = False
+        """Whether its tower would make dense masks, and its layers get `cu_seqlens` in their place."""
         self.reads = 0
         """Number of `cu_seqlens` read from their device so far (a host stop each, where it is a GPU)."""
         self._trusted: set[str] = set()

@@ -249,6 +249,7 @@ def _sites(model: nn.Module) -> Iterator[_Site | _Refusal]:
         reason = replaced_forward(module)
         try:
             structure = describe(module, cls, family.rotation)
+            reason = reason or _unfit(family, structure, tower)
         except StructureError as error:
             reason = str(error)
         if reason is not None:
@@ -266,6 +267,17 @@ def _tower_of(name: str, family: Family, towers: Mapping[str, nn.Module]) -> nn.
         and (not family.padded or family_of_tower(tower) is family)
     ]
     return above[-1] if above else None
+
+
+def _unfit(family: Family, structure: Structure, tower: nn.Module | None) -> str | None:
+    """Why segments would not reach the swapped module; None where they do."""
+    if structure.takes_cu_seqlens:
+        return None
+    if family.masks is None and not family.padded:
+        return "its forward takes no cu_seqlens: in this release of transformers its batches are not packed"
+    if tower is None or not any(map(family.is_tower, type(tower).__mro__)):
+        return f"it is outside of a {family.tower}, which would hand it its segments; swap that"
+    return None
 
 
 def _holder(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varlen_vision.attention import VarlenAttention
+from varlen_vision.errors import VarlenVisionError
 from varlen_vision.families import Structure
 from varlen_vision.families.rope import Rotate, Rotation
 from varlen_vision.kernels import choose, flash_attn_varlen_func
@@ -51,7 +52,7 @@ class Verdict:
 
 
 class CannotRun(Exception):
-    """The original took none of the ways in which a packed batch is handed to attention."""
+    """One of the two modules does not run on a packed batch, in whatever way it is handed over."""
 
 
 @torch.no_grad()
@@ -66,11 +67,17 @@ def verify_block(block: VarlenAttention, device: torch.device, dtype: torch.dtyp
         device, dtype: of its inputs.
 
     Raises:
-        CannotRun: the original cannot be run beside it.
+        CannotRun: one of the two cannot be run.
     """
     batches = [SHORT, LONG] if device.type == "cuda" and block.kernel == "auto" else [SHORT]
     with _in_eval(block.__dict__["original"]), _in_eval(block):
-        verdicts = [_verify_batch(block, Segments.from_lengths(n, device), dtype) for n in batches]
+        try:
+            verdicts = [_verify_batch(block, Segments.from_lengths(n, device), dtype) for n in batches]
+        except VarlenVisionError:
+            raise
+        except _REJECTED as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise CannotRun(f"it does not run as the common shape does: {reason}") from error
     worst = max(verdicts, key=lambda verdict: verdict.error.overall / verdict.budget.overall)
     names = dict.fromkeys(verdict.kernels for verdict in verdicts)
     passed = all(verdict.passed for verdict in verdicts)
@@ -247,9 +254,16 @@ def _where(actual: Tensor, expected: Tensor, segments: Segments) -> str:
 
 
 def _channels(block: VarlenAttention) -> int:
-    layer: nn.Module = block.get_submodule(block.structure.qkv[0])
-    channels: int = getattr(layer, "in_features", 0) or next(layer.parameters()).shape[-1]
-    return channels
+    """C. Quantised layers may not say what they take; most towers are as wide as all their heads."""
+    structure = block.structure
+    layer: nn.Module = block.get_submodule(structure.qkv[0])
+    named = getattr(layer, "in_features", None)
+    if isinstance(named, int):
+        return named
+    width = structure.num_heads * structure.head_dim
+    rows = width if len(structure.qkv) > 1 else width + 2 * structure.num_kv_heads * structure.head_dim
+    shapes = [tensor.shape for tensor in layer.parameters() if tensor.ndim == 2 and len(tensor) == rows]
+    return shapes[0][1] if shapes else width
 
 
 def _attend(

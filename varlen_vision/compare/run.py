@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from varlen_vision.compare.attention import LENGTHS, compare_attention
 from varlen_vision.compare.errors import CompareError

@@ -28,7 +28,7 @@ class SegmentsForMask:
 
     def __call__(self, lengths: Iterable[int], tensor: Tensor) -> Tensor:
         reader = current_reader()
-        if reader is None:
+        if reader is None or not reader.replaces_masks:
             return self.function(lengths, tensor)
         return reader.remember(Segments.from_lengths(lengths, tensor.device))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ class TowerScope:
     def __init__(self, tower: nn.Module, family: Family, reader: SegmentReader) -> None:
         self.reader = reader
         self.family = family
+        config = getattr(tower, "config", None)  # a tower from elsewhere need not have one
         known = any(map(family.is_tower, type(tower).__mro__))  # else it only stands for one
-        self.layouts: dict[str, Layout] = dict(family.layouts(tower.config)) if known else {}
+        self.layouts: dict[str, Layout] = dict(family.layouts(config)) if known else {}
         self.tower = tower
         self.handles = [
             tower.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -51,14 +54,14 @@ class TowerScope:
         self.tower.__dict__.pop(_MASK_METHOD, None)
 
     @torch.compiler.disable
-    def _begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True: varlen attention never computes the weights; call "
-                "restore_attention(model) and load with attn_implementation='eager' to see them"
-            )
+            kwargs = _without_attentions(tower, kwargs)
         if self.family.masks is not None:
             replace_mask(self.family.module, self.family.masks)
+            self.reader.replaces_masks = True
         grid_thw = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
         # Where the caller brings cu_seqlens along, grid_thw need not be what they follow from.
         given = any(kwargs.get(name) is not None for name in ("cu_seqlens", "cu_window_seqlens"))
@@ -66,7 +69,39 @@ class TowerScope:
         if self.layouts and isinstance(grid_thw, Tensor) and grid_thw.ndim == 2 and not given:
             planned = plan_lengths([tuple(row) for row in grid_thw.tolist()], self.layouts)
         self.reader.begin_forward(planned)
+        return args, kwargs
 
     @torch.compiler.disable
     def _end(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.reader.end_forward()
+
+
+def _without_attentions(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without `output_attentions`, where a larger model was asked for the weights of its own.
+
+    transformers hands the flag on to all parts of a model.
+    """
+    if not _inside_another(tower):
+        raise ValueError(
+            "output_attentions=True: varlen attention never computes the weights; call "
+            "restore_attention(model) and load with attn_implementation='eager' to see them"
+        )
+    warnings.warn(
+        f"output_attentions=True: the attention weights of {type(tower).__name__} are left out, since varlen "
+        "attention never computes them; those of the other parts are not affected",
+        stacklevel=2,
+    )
+    return {**kwargs, "output_attentions": False}
+
+
+def _inside_another(tower: nn.Module) -> bool:
+    """Whether the forward of a model that has `tower` and a config of its own is running on this thread."""
+    configs = (None, getattr(tower, "config", None))
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_locals.get("self") if "forward" in frame.f_code.co_name else None
+        own = getattr(module, "config", None)
+        if isinstance(module, nn.Module) and own not in configs and tower in module.modules():
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,85 @@
+"""The tests with each release of transformers in `constraints/`, in an environment of its own.
+
+nox                                   all releases
+nox -t ci                             the oldest and one from the middle, as CI runs them too
+nox -s 'tests(4.51.3)' -- tests/test_swap.py -x
+nox -R ...                            with the environments as they are
+nox -s pin -- 5.24.0                  write the constraints of a release
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nox
+
+nox.options.reuse_venv = "yes"
+
+CONSTRAINTS = Path("constraints")
+TORCH = "torch==2.13.0"
+
+# `make test` runs the newest; of the others these two differ most from it and from each other.
+TAGS = {"4.51.3": ["oldest", "ci"], "4.57.6": ["middle", "ci"]}
+
+
+def _order(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+RELEASES = sorted((path.stem.split("-")[1] for path in CONSTRAINTS.glob("transformers-*.txt")), key=_order)
+
+# What uses neither transformers nor a model gives the same result with every release.
+SAME_WITH_EVERY_RELEASE = (
+    "gpu",
+    "test_compare_timing.py",
+    "test_kernel_choice.py",
+    "test_kernels.py",
+    "test_parity.py",
+    "test_rope.py",
+    "test_segments.py",
+    "test_torch_varlen.py",
+)
+
+
+def _install(session: nox.Session, release: str) -> None:
+    pinned = ("--constraint", str(CONSTRAINTS / f"transformers-{release}.txt"))
+    # torch first, as in the Makefile: pip then leaves its build alone.
+    session.install(*pinned, "torch")
+    session.install(*pinned, "--editable", ".[test]")
+
+
+@nox.session
+@nox.parametrize(
+    "release", [nox.param(release, id=release, tags=TAGS.get(release, [])) for release in RELEASES]
+)
+def tests(session: nox.Session, release: str) -> None:
+    """pytest with one release of transformers; what follows `--` goes to pytest."""
+    _install(session, release)
+    ignored = [f"--ignore=tests/{name}" for name in SAME_WITH_EVERY_RELEASE]
+    session.run("python", "-m", "pytest", "--numprocesses", "auto", *ignored, *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize("release", [nox.param(release, id=release) for release in RELEASES])
+def families(session: nox.Session, release: str) -> None:
+    """Try every family with one release of transformers, for docs/families.md."""
+    _install(session, release)
+    session.run("python", "-m", "varlen_vision.testing.coverage", "record", "docs/families")
+
+
+@nox.session(default=False)
+def pin(session: nox.Session) -> None:
+    """Write constraints/transformers-RELEASE.txt: what pip chooses beside that release today."""
+    (release,) = session.posargs
+    report = Path(session.create_tmp()).resolve() / "report.json"
+    choose = ("install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report))
+    wanted = (TORCH, f"transformers=={release}", "--editable", ".[test]")
+    session.run("python", "-m", "pip", *choose, *wanted)
+    chosen = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    pins = {item["name"]: item["version"].split("+")[0] for item in chosen}
+    # torch itself says which build of these it needs.
+    own = [name for name in pins if not name.startswith(("varlen", "triton", "nvidia-", "cuda-"))]
+    header = f"# Chosen by pip beside transformers {release} on Python 3.11: `nox -s pin -- {release}`."
+    lines = [header, *(f"{name}=={pins[name]}" for name in sorted(own, key=str.lower))]
+    (CONSTRAINTS / f"transformers-{release}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
