@@ -116,7 +116,14 @@ class VarlenAttention(nn.Module):
             rows = torch.arange(shape[0] + 1, dtype=torch.int32, device=hidden_states.device)
             return hidden_states.flatten(0, 1), rows * shape[1]
         if cu_seqlens is None:
-            raise SegmentError("cu_seqlens is missing; expected (segments + 1,) int32")
+            # Pixtral's tower, set to flash attention, up to transformers 5.17 at least.
+            hint = (
+                ""
+                if self.structure.takes_cu_seqlens
+                else ". Its tower hands over no segments where it is set to a flash attention: call "
+                "set_attn_implementation('sdpa') on the model"
+            )
+            raise SegmentError(f"cu_seqlens is missing; expected (segments + 1,) int32{hint}")
         if len(shape) == 3 and shape[0] == 1:
             return hidden_states.squeeze(0), cu_seqlens
         if len(shape) != 2:

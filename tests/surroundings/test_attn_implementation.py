@@ -13,6 +13,7 @@ from tests.surroundings.same import WHOLE, assert_same, logits, run, tower, whol
 from tests.towers import checkpoint, tower_inside
 from varlen_vision import attention_report, load_model, restore_attention, swap_attention
 from varlen_vision.attention import VarlenAttention
+from varlen_vision.errors import SegmentError
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -56,8 +57,9 @@ def test_a_tower(name: str, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
 def test_the_setting_before_the_swap(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tower asked for flash attention makes no mask and hands `max_seqlen` along; it cannot run here."""
-    if (name, implementation) == ("pixtral", "flash_attention_2") and Version(__version__) < Version("5.0"):
-        pytest.skip("there the tower hands its layers neither a mask nor cu_seqlens")
+    if (name, implementation) == ("pixtral", "flash_attention_2") and Version(__version__) < Version("5.23"):
+        refuses_without_segments(monkeypatch)
+        return
     model = tower(name)
     expected = run(name, model).detach()
     monkeypatch.setattr(model.config, "_attn_implementation_internal", implementation)
@@ -65,6 +67,15 @@ def test_the_setting_before_the_swap(name: str, implementation: str, monkeypatch
     assert any(isinstance(module, VarlenAttention) for module in model.modules())
     with torch.no_grad():
         assert_same(run(name, model), expected)
+
+
+def refuses_without_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the tower hands its layers neither a mask nor cu_seqlens."""
+    model = tower("pixtral")
+    swap_attention(model)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(SegmentError, match=r"cu_seqlens is missing.*set_attn_implementation\('sdpa'\)"):
+        run("pixtral", model)
 
 
 def test_an_attention_function_of_ones_own() -> None:

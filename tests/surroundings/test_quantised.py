@@ -65,8 +65,16 @@ def replace_layers(model: nn.Module, kind: Callable[[nn.Linear], nn.Module], nam
             setattr(block.attn, name, kind(block.attn.get_submodule(name)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("names", [("qkv",), ("proj",), ("qkv", "proj")], ids="+".join)
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (("qkv",), torch.float32),
+        (("proj",), torch.float32),
+        (("qkv", "proj"), torch.float32),
+        (("qkv", "proj"), torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", [Integers, Packed])
 def test_layers_that_say_nothing(
     kind: Callable[[nn.Linear], nn.Module], names: tuple[str, ...], dtype: torch.dtype
