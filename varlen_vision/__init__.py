@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from varlen_vision.families import supported_families
+    from varlen_vision.families import register_family, supported_families, unregister_family
     from varlen_vision.kernels import available_kernels, flash_attn_varlen_func
     from varlen_vision.loading import load_model
     from varlen_vision.swap import attention_report, restore_attention, swap_attention
@@ -18,9 +18,11 @@ __all__ = [
     "available_kernels",
     "flash_attn_varlen_func",
     "load_model",
+    "register_family",
     "restore_attention",
     "supported_families",
     "swap_attention",
+    "unregister_family",
 ]
 
 # Where each public name lives. Imported on first use, so that the kernels alone need torch and nothing else.
@@ -29,9 +31,11 @@ _HOMES = {
     "available_kernels": "kernels",
     "flash_attn_varlen_func": "kernels",
     "load_model": "loading",
+    "register_family": "families",
     "restore_attention": "swap",
     "supported_families": "families",
     "swap_attention": "swap",
+    "unregister_family": "families",
 }
 
 
