@@ -29,3 +29,7 @@ class LoadError(VarlenVisionError, ValueError):
 
 class FamilyError(VarlenVisionError, ValueError):
     """A family cannot be added to the table, or taken from it. The table is as it was before the call."""
+
+
+class PlanError(SegmentError):
+    """grid_thw, or a plan made of it, does not describe the batch or the tower that it is used with."""

@@ -76,6 +76,13 @@ class Segments:
         check_lengths(lengths)
         return cls(cu_seqlens, lengths)
 
+    def with_cu_seqlens(self, cu_seqlens: Tensor) -> Segments:
+        """The same cut with its `cu_seqlens` elsewhere: (S + 1,) int32, equal to these; it is not read."""
+        moved = Segments(cu_seqlens, self.lengths)
+        # What was worked out from the lengths holds there too.
+        moved.__dict__.update({**self.__dict__, "cu_seqlens": cu_seqlens})
+        return moved
+
     @cached_property
     def max_seqlen(self) -> int:
         """Patches in the longest segment."""

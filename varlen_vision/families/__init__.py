@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from varlen_vision.errors import FamilyError
-from varlen_vision.families.family import Family, LayoutsOf, no_layouts
+from varlen_vision.families.family import Family, InputsOf, LayoutsOf, no_inputs, no_layouts
 from varlen_vision.families.structure import Structure, StructureError, describe, looks_packed
 from varlen_vision.families.table import BUILT_IN
 
@@ -42,6 +42,7 @@ def register_family(
     *,
     label: str | None = None,
     layouts: LayoutsOf = no_layouts,
+    inputs: InputsOf = no_inputs,
 ) -> Family:
     """Add a family to the table, so that its blocks are swapped by name and not by resemblance.
 
@@ -53,6 +54,9 @@ def register_family(
         label: as people write it; default `name`.
         layouts: (tower's config) -> {name: Layout}, how its layers cut the patches of `grid_thw`; with it,
             `cu_seqlens` need not be read from the GPU (see varlen_vision.plan). Default: they are read.
+        inputs: (tower's config) -> what else its forward works out from `grid_thw` with functions of
+            transformers.vision_utils, and takes by name where it was worked out already (see
+            varlen_vision.plan.inputs). Default: the tower works them out.
 
     Returns:
         The new entry of `supported_families()`.
@@ -80,6 +84,7 @@ def register_family(
         attention=tuple(cls.__qualname__ for cls in classes),
         tower=tower.__qualname__,
         layouts=layouts,
+        inputs=inputs,
         module=tower.__module__,
         classes=(*classes, tower),
     )

@@ -10,10 +10,18 @@ from typing import Any, Literal
 from torch import nn
 
 from varlen_vision.families.rope import Rotation
-from varlen_vision.plan import Layout
+from varlen_vision.plan import Layout, TowerInput
 
 LayoutsOf = Callable[[Any], Mapping[str, Layout]]
 """From a tower's config: how its layers cut the patches, by name."""
+
+InputsOf = Callable[[Any], tuple[TowerInput, ...]]
+"""From a tower's config: what else follows from the grids and its forward takes by name."""
+
+
+def no_inputs(config: Any) -> tuple[TowerInput, ...]:
+    """Nothing is worked out beforehand."""
+    return ()
 
 
 def no_layouts(config: Any) -> dict[str, Layout]:
@@ -32,6 +40,8 @@ class Family:
         attention: class names of its packed attention; releases before 4.53 had one per implementation.
         tower: class name of the module that holds all blocks and is called once per forward.
         layouts: how its layers cut the patches of `grid_thw`.
+        inputs: what else its tower works out from `grid_thw`, and takes where it was worked out already.
+        grid_on_host: its forward reads the sizes of images itself, so the grids are left on the host.
         module: where these classes are.
         modality: what the tower sees.
         masks: how the tower hands segments to its layers where it makes a dense mask of them: a function of
@@ -47,6 +57,8 @@ class Family:
     attention: tuple[str, ...]
     tower: str
     layouts: LayoutsOf = no_layouts
+    inputs: InputsOf = no_inputs
+    grid_on_host: bool = False
     module: str = ""
     modality: Literal["vision", "audio"] = "vision"
     masks: str | None = None

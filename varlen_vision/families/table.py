@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from varlen_vision.families.family import Family
+from varlen_vision.families import inputs
+from varlen_vision.families.family import Family, InputsOf, LayoutsOf, no_inputs, no_layouts
 from varlen_vision.families.rope import HALF
-from varlen_vision.plan import FrameLayout, Layout, WindowLayout
+from varlen_vision.plan import ClipLayout, FrameLayout, Layout
 
 
 def frames(config: Any) -> dict[str, Layout]:
@@ -15,20 +16,42 @@ def frames(config: Any) -> dict[str, Layout]:
     return {"frames": FrameLayout()}
 
 
+def clips(config: Any) -> dict[str, Layout]:
+    """Every layer attends within a whole video."""
+    return {"clips": ClipLayout()}
+
+
 def frames_and_windows(config: Any) -> dict[str, Layout]:
     """Some layers attend within a frame, the others within square windows of it."""
-    window = WindowLayout(config.window_size, config.patch_size, config.spatial_merge_size)
-    return {"frames": FrameLayout(), "windows": window}
+    return {"frames": FrameLayout(), "windows": inputs.windows(config)}
 
 
-def _by_frame(name: str, label: str, stem: str, tower: str = "VisionModel") -> Family:
+def muse_layouts(config: Any) -> dict[str, Layout]:
+    """The same, with windows as large as the table of positions."""
+    return {"frames": FrameLayout(), "windows": inputs.muse_windows(config)}
+
+
+def _common(
+    name: str,
+    label: str,
+    stem: str,
+    tower: str = "VisionModel",
+    *,
+    layouts: LayoutsOf = frames,
+    plan: InputsOf = inputs.positions,
+) -> Family:
     """The most common kind: `<stem>VisionAttention` in `<stem>VisionModel`, within each frame."""
-    return Family(name, label, (f"{stem}VisionAttention",), f"{stem}{tower}", frames)
+    return Family(name, label, (f"{stem}VisionAttention",), f"{stem}{tower}", layouts, plan)
+
+
+def _sized(family: Family) -> Family:
+    """The same, where the forward also reads the sizes of images on the host."""
+    return replace(family, grid_on_host=True)
 
 
 def _by_segment(name: str, label: str, stem: str, tower: str = "VisionModel") -> Family:
     """The same, where segments do not follow from `grid_thw` by one of the known layouts."""
-    return Family(name, label, (f"{stem}VisionAttention",), f"{stem}{tower}")
+    return _common(name, label, stem, tower, layouts=no_layouts, plan=no_inputs)
 
 
 def _audio(name: str, label: str, stem: str, tower: str = "AudioEncoder") -> Family:
@@ -57,6 +80,7 @@ BUILT_IN = (
         attention=("VisionAttention", "VisionSdpaAttention", "VisionFlashAttention2"),
         tower="Qwen2VisionTransformerPretrainedModel",
         layouts=frames,
+        inputs=inputs.positions,
         rotation=HALF,  # the flash class of 4.51 calls flash-attn's own function
     ),
     Family(
@@ -69,6 +93,7 @@ BUILT_IN = (
         ),
         tower="Qwen2_5_VisionTransformerPretrainedModel",
         layouts=frames_and_windows,
+        inputs=inputs.positions_and_windows,
         rotation=HALF,
     ),
     Family(
@@ -77,45 +102,54 @@ BUILT_IN = (
         attention=("Qwen2_5OmniVisionAttention",),
         tower="Qwen2_5OmniVisionEncoder",
         layouts=frames_and_windows,
+        inputs=inputs.positions_and_windows,
     ),
     _audio("qwen2_5_omni_audio", "Qwen2.5-Omni (audio)", "Qwen2_5Omni"),
-    _by_frame("qwen3_vl", "Qwen3-VL", "Qwen3VL"),
-    _by_frame("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoe"),
-    _by_frame("qwen3_omni_moe", "Qwen3-Omni-MoE (vision)", "Qwen3OmniMoe", "VisionEncoder"),
+    _common("qwen3_vl", "Qwen3-VL", "Qwen3VL", plan=inputs.positions_and_table),
+    _common("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoe", plan=inputs.positions_and_table),
+    _common(
+        "qwen3_omni_moe",
+        "Qwen3-Omni-MoE (vision)",
+        "Qwen3OmniMoe",
+        "VisionEncoder",
+        plan=inputs.positions_and_table,
+    ),
     _audio("qwen3_omni_moe_audio", "Qwen3-Omni-MoE (audio)", "Qwen3OmniMoe"),
-    _by_frame("qwen3_5", "Qwen3.5", "Qwen3_5"),
-    _by_frame("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5Moe"),
-    _by_frame("qwen4_exp", "Qwen4-Exp", "Qwen4Exp"),
+    _common("qwen3_5", "Qwen3.5", "Qwen3_5", plan=inputs.positions_and_table),
+    _common("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5Moe", plan=inputs.positions_and_table),
+    _common("qwen4_exp", "Qwen4-Exp", "Qwen4Exp", plan=inputs.positions_and_table),
     _audio("qwen3_asr", "Qwen3-ASR", "Qwen3ASR", "Encoder"),
-    _by_frame("glm4v", "GLM-4V", "Glm4v"),
-    _by_frame("glm4v_moe", "GLM-4V-MoE", "Glm4vMoe"),
-    _by_frame("glm_ocr", "GLM-OCR", "GlmOcr"),
-    _by_frame("glm_image", "GLM-Image", "GlmImage"),
-    _by_frame("glm5_next", "GLM-5-Next", "Glm5Next"),
-    _by_frame("cohere_compass", "Cohere Compass", "CohereCompass"),
-    _by_frame("cosmos3_edge", "Cosmos3-Edge", "Cosmos3Edge"),
-    _by_frame("dots3_note", "dots3.note", "Dots3Note"),
-    _by_frame("ernie4_5_vl_moe", "ERNIE-4.5-VL-MoE", "Ernie4_5_VLMoe", "VisionTransformerPretrainedModel"),
+    _common("glm4v", "GLM-4V", "Glm4v"),
+    _common("glm4v_moe", "GLM-4V-MoE", "Glm4vMoe"),
+    _common("glm_ocr", "GLM-OCR", "GlmOcr"),
+    _common("glm_image", "GLM-Image", "GlmImage"),
+    _common("glm5_next", "GLM-5-Next", "Glm5Next"),
+    _common("cohere_compass", "Cohere Compass", "CohereCompass", plan=inputs.positions_and_table),
+    _common("cosmos3_edge", "Cosmos3-Edge", "Cosmos3Edge", plan=no_inputs),
+    _common("dots3_note", "dots3.note", "Dots3Note"),
+    _common("ernie4_5_vl_moe", "ERNIE-4.5-VL-MoE", "Ernie4_5_VLMoe", "VisionTransformerPretrainedModel"),
     Family(
         name="exaone4_5",
         label="EXAONE-4.5",
         attention=("Exaone4_5_VisionAttention",),
         tower="Exaone4_5_VisionModel",
         layouts=frames_and_windows,
+        inputs=inputs.positions_and_windows,
     ),
-    _by_frame("hunyuan_vl", "HunYuan-VL", "HunYuanVL", "VisionTransformer"),
+    _sized(_common("hunyuan_vl", "HunYuan-VL", "HunYuanVL", "VisionTransformer", plan=no_inputs)),
+    _sized(_common("hy_v4_vl", "Hy4-VL", "HYV4VL", plan=no_inputs)),
     _by_segment("inkling2", "Inkling 2", "Inkling2"),
-    _by_segment("kimi_k25", "Kimi-K2.5", "Kimi_K25"),
-    _by_frame("lfm3_vl", "LFM3-VL", "Lfm3Vl"),
+    _common("kimi_k25", "Kimi-K2.5", "Kimi_K25", layouts=clips, plan=inputs.kimi_k25),
+    _sized(_common("lfm3_vl", "LFM3-VL", "Lfm3Vl")),
     _by_segment("minicpm_ocr", "MiniCPM-OCR", "MiniCPMOcr"),
     _by_segment("minicpmv4_6", "MiniCPM-V 4.6", "MiniCPMV4_6"),
     _by_segment("minicpmv4_7", "MiniCPM-V 4.7", "MiniCPMV4_7"),
-    _by_segment("minimax_m3_vl", "MiniMax-M3-VL", "MiniMaxM3VL"),
-    _by_segment("muse_glimmer", "Muse Glimmer", "MuseGlimmer"),
-    _by_segment("muse_spark", "Muse Spark", "MuseSpark"),
-    Family("paddleocr_vl", "PaddleOCR-VL", ("PaddleOCRVisionAttention",), "PaddleOCRVisionTransformer"),
+    _common("minimax_m3_vl", "MiniMax-M3-VL", "MiniMaxM3VL", layouts=clips, plan=inputs.minimax_m3_vl),
+    _common("muse_glimmer", "Muse Glimmer", "MuseGlimmer", layouts=muse_layouts, plan=inputs.muse),
+    _common("muse_spark", "Muse Spark", "MuseSpark", layouts=muse_layouts, plan=inputs.muse),
+    _common("paddleocr_vl", "PaddleOCR-VL", "PaddleOCR", "VisionTransformer", plan=inputs.paddleocr_vl),
     Family("radio", "RADIO", ("RadioAttention",), "RadioModel"),
-    _by_segment("video_llama_3", "VideoLLaMA 3", "VideoLlama3"),
+    _common("video_llama_3", "VideoLLaMA 3", "VideoLlama3", plan=no_inputs),
     Family(
         name="pixtral",
         label="Pixtral",

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varlen_vision.errors import PlanError
 from varlen_vision.families import Family
-from varlen_vision.plan import Layout, plan_lengths
+from varlen_vision.families.recipe import accepted_recipe
+from varlen_vision.plan import Layout, plan_lengths, read_rows
 from varlen_vision.scopes.masks import no_mask, replace_mask
 from varlen_vision.segments import SegmentReader
+from varlen_vision.vision_plan import VisionPlan, plan_rows
 
 _KEY = "_varlen_vision_scope"
 # The method with which towers of transformers 4.53, and audio encoders up to 5.5, make a dense mask.
@@ -26,9 +29,11 @@ def scope_of(tower: nn.Module) -> TowerScope | None:
 
 
 class TowerScope:
-    """Tells a tower's SegmentReader when a forward starts and ends, and which layouts it will use.
+    """Tells a tower's SegmentReader when a forward starts and ends, and plans the forward.
 
-    Where the tower would make a dense mask for its layers, it is kept from it.
+    Where the tower takes what follows from the grids by keyword, it is given a VisionPlan's; where it does
+    not, the reader knows what lengths to expect. Where it would make a dense mask for its layers, it is kept
+    from it.
     """
 
     def __init__(self, tower: nn.Module, family: Family, reader: SegmentReader) -> None:
@@ -37,7 +42,9 @@ class TowerScope:
         config = getattr(tower, "config", None)  # a tower from elsewhere need not have one
         known = any(map(family.is_tower, type(tower).__mro__))  # else it only stands for one
         self.layouts: dict[str, Layout] = dict(family.layouts(config)) if known else {}
+        self.recipe = accepted_recipe(family, tower) if known else None
         self.tower = tower
+        self.parameters = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.handles = [
             tower.register_forward_pre_hook(self._begin, with_kwargs=True),
             tower.register_forward_hook(self._end, always_call=True),
@@ -62,14 +69,66 @@ class TowerScope:
         if self.family.masks is not None:
             replace_mask(self.family.module, self.family.masks)
             self.reader.replaces_masks = True
-        grid_thw = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
-        # Where the caller brings cu_seqlens along, grid_thw need not be what they follow from.
-        given = any(kwargs.get(name) is not None for name in ("cu_seqlens", "cu_window_seqlens"))
-        planned = {}
-        if self.layouts and isinstance(grid_thw, Tensor) and grid_thw.ndim == 2 and not given:
-            planned = plan_lengths([tuple(row) for row in grid_thw.tolist()], self.layouts)
-        self.reader.begin_forward(planned)
+        args, kwargs = self._plan(args, dict(kwargs))
         return args, kwargs
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Start the reader, with all that is known beforehand; the arguments with what the tower takes."""
+        plan = kwargs.pop("vision_plan", None)
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        grid_thw = given.get("grid_thw")
+        # Where the caller brings cu_seqlens along, grid_thw need not be what they follow from.
+        segments_given = any(given.get(name) is not None for name in ("cu_seqlens", "cu_window_seqlens"))
+        readable = isinstance(grid_thw, Tensor) and not grid_thw.is_meta and not segments_given
+        if self.recipe is None or grid_thw is None or not readable:
+            if plan is not None:
+                raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
+            expected = {}
+            if self.layouts and grid_thw is not None and readable and grid_thw.ndim == 2:
+                expected = plan_lengths(read_rows(grid_thw), self.layouts)
+            self.reader.begin_forward(expected)
+            return args, kwargs
+        pixels = next(value for value in given.values() if isinstance(value, Tensor))
+        if plan is None:
+            plan = plan_rows(read_rows(grid_thw), self.recipe, pixels.device)
+        else:
+            plan.check_batch(grid_thw, self.recipe)
+            plan = plan.to(pixels.device)
+        plan.check_patches(pixels)
+        self.reader.begin_forward()
+        for cut in plan.segments.values():
+            self.reader.remember(cut)
+        return self._with(plan, grid_thw, args, kwargs)
+
+    def _with(
+        self, plan: VisionPlan, grid_thw: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the forward, and what was planned; what the caller gave stays."""
+        flash = "flash" in str(getattr(getattr(self.tower, "config", None), "_attn_implementation", ""))
+        planned = plan.keywords(max_seqlen=flash)
+        wanted = torch.device("cpu") if plan.recipe.grid_on_host else plan.device
+        if grid_thw.device != wanted:
+            planned["grid_thw"] = (
+                plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)
+            )
+            place = self.parameters.index("grid_thw")
+            args, kwargs = (
+                args[:place],
+                {**dict(zip(self.parameters[place:], args[place:], strict=False)), **kwargs},
+            )
+            del kwargs["grid_thw"]
+        return args, {**planned, **{name: value for name, value in kwargs.items() if value is not None}}
+
+    def _why_no_plan(self, plan: VisionPlan, grid_thw: Any, segments_given: bool) -> str:
+        name = type(self.tower).__name__
+        if segments_given:
+            return f"vision_plan={plan!r} and cu_seqlens were both given to {name}; give one of them"
+        if self.recipe is None:
+            return (
+                f"vision_plan={plan!r} was given to {name}, whose forward works out everything itself in the "
+                "installed transformers, or whose segments do not follow from its grids; leave it out"
+            )
+        return f"vision_plan={plan!r} was given to {name} with grid_thw={grid_thw!r}; expected its tensor too"
 
     @torch.compiler.disable
     def _end(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,23 +1,24 @@
-"""From `grid_thw` to segment lengths: pure host arithmetic, done once, before any GPU work.
+"""How one kind of layer cuts the patches into segments.
 
-A layout says how one kind of layer cuts the patches. The cuts follow transformers' `get_vision_cu_seqlens`
-and `get_vision_window_index` (transformers.vision_utils), which compute the same on the device.
+The cuts follow transformers' `get_vision_cu_seqlens` and `get_vision_window_index`
+(transformers.vision_utils), which compute the same on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-Grid = tuple[int, int, int]
-"""Frames, height and width of one image or video, in patches."""
+import numpy as np
+
+from varlen_vision.plan.grids import Grid
 
 
 class Layout(Protocol):
     """How one kind of layer cuts an image or video into segments."""
 
-    def lengths(self, grid: Grid) -> list[int]:
+    def lengths(self, grid: Grid) -> Sequence[int]:
         """Patches per segment, in the order in which the tower packs them."""
         ...
 
@@ -29,6 +30,15 @@ class FrameLayout:
     def lengths(self, grid: Grid) -> list[int]:
         frames, height, width = grid
         return [height * width] * frames
+
+
+@dataclass(frozen=True)
+class ClipLayout:
+    """Full attention over all frames of a video at once: an image or video is one segment."""
+
+    def lengths(self, grid: Grid) -> list[int]:
+        frames, height, width = grid
+        return [frames * height * width]
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,17 @@ class WindowLayout:
     patch_size: int
     merge_size: int
 
+    @property
+    def side(self) -> int:
+        """Merge units per side of a whole window."""
+        return self.window_size // self.merge_size // self.patch_size
+
     def lengths(self, grid: Grid) -> list[int]:
         frames, height, width = grid
-        side = self.window_size // self.merge_size // self.patch_size
-        rows = _cut(height // self.merge_size, side)
-        columns = _cut(width // self.merge_size, side)
-        unit = self.merge_size**2
-        return [row * column * unit for row in rows for column in columns] * frames
+        rows = _cut(height // self.merge_size, self.side)
+        columns = _cut(width // self.merge_size, self.side)
+        frame: list[int] = (np.multiply.outer(rows, columns).ravel() * self.merge_size**2).tolist()
+        return frame * frames
 
 
 def _cut(length: int, side: int) -> list[int]:

@@ -1,0 +1,42 @@
+"""What one tower needs from the grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from varlen_vision.plan.inputs import TowerInput
+from varlen_vision.plan.layouts import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What follows from the grids for one tower; made once, and compared by what it holds.
+
+    Attributes:
+        layouts: how each kind of layer cuts the patches, by name.
+        inputs: what else its forward takes.
+        grid_on_host: its forward reads the sizes itself, and is left the grids on the host.
+    """
+
+    layouts: Mapping[str, Layout]
+    inputs: tuple[TowerInput, ...] = ()
+    grid_on_host: bool = False
+    merge_size: int = field(init=False)
+    """Patches per side of a merge unit, which no image may cut."""
+    _hash: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layouts", dict(self.layouts))
+        object.__setattr__(self, "merge_size", max((item.unit for item in self.inputs), default=1))
+        object.__setattr__(self, "_hash", hash(self._key()))
+
+    def _key(self) -> tuple[object, ...]:
+        return tuple(self.layouts.items()), self.inputs, self.grid_on_host
+
+    # Once: a recipe is part of every cache key.
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Recipe) and self._key() == other._key())

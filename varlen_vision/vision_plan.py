@@ -1,0 +1,338 @@
+"""VisionPlan: all that follows from `grid_thw` for one tower, worked out on the host before any GPU work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varlen_vision.errors import PlanError
+from varlen_vision.families.recipe import recipe_of
+from varlen_vision.kernels.spec import Request
+from varlen_vision.kernels.table import choose
+from varlen_vision.plan.buffer import Buffer
+from varlen_vision.plan.cache import BATCHES, PARTS
+from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, read_rows
+from varlen_vision.plan.inputs import Array, TowerInput
+from varlen_vision.plan.layouts import Layout
+from varlen_vision.plan.recipe import Recipe
+from varlen_vision.segments import Segments
+
+# What transformers calls the cumulative and the largest length of each kind of layer.
+_CU_SEQLENS = {"windows": "cu_window_seqlens"}
+_MAX_SEQLEN = {"windows": "max_window_seqlen"}
+
+# Beside the block itself: the host lengths, as Python integers in a tuple.
+_BYTES_PER_SEGMENT = 40
+_BYTES_PER_PLAN = 4096
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one kind of layer does with a batch, per layer.
+
+    Attributes:
+        kind: of layer, as the recipe's layouts are called: 'frames', 'clips', 'windows'.
+        segments: S.
+        max_seqlen: patches in the longest.
+        kernel: that runs it.
+        flops: floating-point operations of q @ k and weights @ v, two per multiplication and addition.
+        bytes: read and written at least: q, k, v and the output, once each.
+    """
+
+    kind: str
+    segments: int
+    max_seqlen: int
+    kernel: str
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class VisionPlan:
+    """The cut, orders and positions of one batch for one tower; see `from_grid`.
+
+    Attributes:
+        recipe: what the tower needs.
+        grids: frames, height and width in patches, one per image or video.
+        lengths: patches per segment for each kind of layer, in order, as host integers.
+        buffer: all arrays, in one block.
+    """
+
+    recipe: Recipe
+    grids: tuple[Grid, ...]
+    lengths: Mapping[str, tuple[int, ...]]
+    buffer: Buffer
+
+    @classmethod
+    def from_grid(
+        cls, grid_thw: Any, config_or_model: Any, *, device: torch.device | str | None = None
+    ) -> VisionPlan:
+        """Work out a plan, or look it up: pure host work, no GPU involved unless `grid_thw` is on one.
+
+        What was worked out for an image of some size is kept for the next, and whole plans for the same
+        batch, both up to a number of bytes (`set_plan_cache`).
+
+        Args:
+            grid_thw: (images, 3) integers: frames, height and width of each image or video in patches. On a
+                GPU it costs one host stop to read.
+            config_or_model: a tower or a model that has one, its config, or a Recipe.
+            device: where the plan's tensors are to be; default the CPU, in ordinary memory.
+
+        Raises:
+            PlanError: the grids are not what a processor makes, or nothing is known of such a tower.
+        """
+        recipe = config_or_model if isinstance(config_or_model, Recipe) else recipe_of(config_or_model)
+        return plan_rows(read_rows(grid_thw), recipe, torch.device(device or "cpu"))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All arrays by name, views of one block.
+
+        `grid_thw` (images, 3) int64; for each kind of layer `cu_seqlens` or `cu_window_seqlens`, (S + 1,)
+        int32; and those of the recipe's inputs (see varlen_vision.plan.inputs).
+        """
+        return self.buffer.tensors()
+
+    @cached_property
+    def segments(self) -> Mapping[str, Segments]:
+        """The cut for each kind of layer, known on the host and on the plan's device."""
+        return {
+            kind: Segments(self.tensors[_cu_seqlens(kind)], lengths) for kind, lengths in self.lengths.items()
+        }
+
+    @cached_property
+    def max_seqlen(self) -> Mapping[str, int]:
+        """Patches in the longest segment, for each kind of layer."""
+        return {kind: max(lengths) for kind, lengths in self.lengths.items()}
+
+    @cached_property
+    def patches(self) -> int:
+        """T: of all images."""
+        return sum(frames * height * width for frames, height, width in self.grids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.buffer.block.device
+
+    @cached_property
+    def window_inverse(self) -> Tensor | None:
+        """(T / merge_size**2,) int64 on the CPU: where each merge unit went in `window_index`.
+
+        None where the tower has no windows.
+        """
+        if "window_index" not in self.tensors:
+            return None
+        index = self.tensors["window_index"].cpu()
+        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index)))
+
+    def to(self, device: torch.device | str) -> VisionPlan:
+        """The plan with its tensors on `device`: one copy, for which the host does not wait."""
+        device = torch.device(device)
+        if str(device) == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        moved = replace(self, buffer=self.buffer.to(device))
+        # The cut is the same: only its cu_seqlens is elsewhere.
+        tensors = moved.tensors
+        segments = {
+            kind: cut.with_cu_seqlens(tensors[_cu_seqlens(kind)]) for kind, cut in self.segments.items()
+        }
+        moved.__dict__["segments"] = segments
+        return moved
+
+    def keywords(self, *, max_seqlen: bool = False) -> dict[str, Any]:
+        """Keyword arguments that a tower of transformers 5.9 or newer takes in place of working them out.
+
+        Args:
+            max_seqlen: the longest segments too, which transformers asks for only with a flash attention.
+        """
+        found: dict[str, Any] = {_cu_seqlens(kind): cut.cu_seqlens for kind, cut in self.segments.items()}
+        if max_seqlen:
+            found |= {_MAX_SEQLEN.get(kind, "max_seqlen"): most for kind, most in self.max_seqlen.items()}
+        for item in self.recipe.inputs:
+            if item.fits(self.grids):
+                found |= item.keywords(self.tensors, self.grids)
+        return found
+
+    def check_batch(self, grid_thw: Any, recipe: Recipe) -> None:
+        """Raise PlanError unless this plan was made for such a tower and exactly these grids.
+
+        Reads `grid_thw`, which is one host stop where it is on a GPU.
+        """
+        if self.recipe != recipe:
+            raise PlanError(
+                f"the plan was made for another tower: it has {_shape(self.recipe)}, this tower needs "
+                f"{_shape(recipe)}; make it with VisionPlan.from_grid(grid_thw, model)"
+            )
+        rows = read_rows(grid_thw)
+        if rows != self.grids:
+            raise PlanError(
+                f"the plan was made for another batch: {len(self.grids)} images of {self.patches} patches, "
+                f"grids {_few(self.grids)}; this one has {len(rows)} images, grids {_few(rows)}"
+            )
+
+    def check_patches(self, pixel_values: Tensor) -> None:
+        """Raise PlanError where `pixel_values` cannot hold as many patches as the grids say."""
+        shape = tuple(pixel_values.shape)
+        counts = shape[1:2] if shape[:1] == (1,) and len(shape) > 2 else shape[:1]
+        if self.patches not in (*counts, *shape[:1]):
+            raise PlanError(
+                f"grid_thw describes {self.patches} patches in {len(self.grids)} images, grids "
+                f"{_few(self.grids)}, but pixel_values has shape {shape}; both must come from the same call "
+                "of the processor"
+            )
+
+    def work(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        needs_grad: bool = False,
+    ) -> tuple[LayerWork, ...]:
+        """What a layer of each kind does with this batch, and the kernel that `auto` takes for it.
+
+        Args:
+            heads: H of q, k and v.
+            head_dim: D.
+            device: where the tower runs.
+            dtype: of q, k and v.
+            needs_grad: whether gradients follow.
+
+        Raises:
+            KernelError: no kernel can run there.
+        """
+        device = torch.device(device)
+        return tuple(
+            LayerWork(
+                kind=kind,
+                segments=len(cut),
+                max_seqlen=cut.max_seqlen,
+                kernel=choose(_request(cut, head_dim, device, dtype, needs_grad), "auto").kernel.name,
+                flops=4 * heads * head_dim * cut.attended,
+                bytes=4 * heads * head_dim * cut.total * dtype.itemsize,
+            )
+            for kind, cut in self.segments.items()
+        )
+
+    def __repr__(self) -> str:
+        cut = ", ".join(f"{len(lengths)} {kind}" for kind, lengths in self.lengths.items())
+        return f"VisionPlan({len(self.grids)} images, {self.patches} patches, {cut}, on {self.device})"
+
+
+def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
+    """The plan of grids that were read: looked up, or worked out and checked; its tensors on `device`."""
+    pinned = device.type == "cuda"
+    plan = BATCHES.get((recipe, rows, pinned), lambda: _make(rows, recipe, pinned))
+    return plan.to(device)
+
+
+def _make(rows: Rows, recipe: Recipe, pinned: bool) -> tuple[VisionPlan, int]:
+    grids = grids_from_rows(rows, recipe.merge_size)
+    cuts = {
+        kind: _join([_lengths(layout, grid) for grid in grids]) for kind, layout in recipe.layouts.items()
+    }
+    parts = [(item, _parts(item, grids)) for item in recipe.inputs if item.fits(grids)]
+    wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("grid_thw", torch.int64, (len(grids), 3))]
+    wanted += [(_cu_seqlens(kind), torch.int32, (len(cut) + 1,)) for kind, cut in cuts.items()]
+    for item, by_name in parts:
+        for name in item.names:
+            first = by_name[name][0]
+            count = sum(map(len, by_name[name]))
+            wanted.append((name, _DTYPES[first.dtype.type], (count, *first.shape[1:])))
+    buffer = Buffer.empty(wanted, pinned=pinned)
+    into = buffer.arrays()
+    into["grid_thw"][:] = grids
+    for kind, cut in cuts.items():
+        cumulative = into[_cu_seqlens(kind)]
+        cumulative[0] = 0
+        np.cumsum(cut, out=cumulative[1:])
+    for item, by_name in parts:
+        for name, arrays in by_name.items():
+            np.concatenate(arrays, out=into[name])
+            if name in item.shifted:
+                _shift(into[name], arrays, [item.step(name, grid) for grid in grids])
+    lengths = {kind: tuple(cut.tolist()) for kind, cut in cuts.items()}
+    plan = VisionPlan(recipe, grids, lengths, buffer)
+    segments = sum(map(len, lengths.values()))
+    return plan, buffer.block.nbytes + _BYTES_PER_SEGMENT * segments + _BYTES_PER_PLAN
+
+
+_DTYPES = {np.int64: torch.int64, np.float32: torch.float32, np.int32: torch.int32}
+
+
+def _lengths(layout: Layout, grid: Grid) -> Array:
+    def make() -> tuple[Array, int]:
+        lengths = np.asarray(layout.lengths(grid), np.int64)
+        return lengths, lengths.nbytes + _BYTES_PER_PART
+
+    return PARTS.get((layout, grid), make)
+
+
+# What an entry of a cache takes beside its arrays: their headers, the key and the entry itself.
+_BYTES_PER_PART = 512
+
+
+def _parts(item: TowerInput, grids: tuple[Grid, ...]) -> dict[str, list[Array]]:
+    """For each array its part of every image."""
+
+    def maker(grid: Grid) -> Callable[[], tuple[tuple[Array, ...], int]]:
+        def make() -> tuple[tuple[Array, ...], int]:
+            arrays = item.part(grid)
+            return arrays, sum(array.nbytes for array in arrays) + _BYTES_PER_PART
+
+        return make
+
+    by_image: Iterator[tuple[Array, ...]] = (PARTS.get((item, grid), maker(grid)) for grid in grids)
+    return {name: list(arrays) for name, arrays in zip(item.names, zip(*by_image, strict=True), strict=True)}
+
+
+def _join(arrays: list[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _shift(joined: Array, arrays: list[Array], steps: list[int]) -> None:
+    """Move the numbers of each image on by what comes before it."""
+    if len(arrays) == 1:
+        return
+    starts = np.cumsum([0, *steps[:-1]], dtype=joined.dtype)
+    moved = np.repeat(starts, [len(array) for array in arrays])
+    joined += moved.reshape(-1, *(1,) * (joined.ndim - 1))
+
+
+def _cu_seqlens(kind: str) -> str:
+    return _CU_SEQLENS.get(kind, "cu_seqlens")
+
+
+def _request(
+    cut: Segments, head_dim: int, device: torch.device, dtype: torch.dtype, needs_grad: bool
+) -> Request:
+    return Request(
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        grouped_heads=False,
+        needs_grad=needs_grad,
+        causal=False,
+        dropout=False,
+        same_lengths=True,
+        segments=len(cut),
+        mean_seqlen=cut.mean_seqlen,
+    )
+
+
+def _shape(recipe: Recipe) -> str:
+    return f"layouts {dict(recipe.layouts)}, merge size {recipe.merge_size} and inputs {recipe.inputs}"
+
+
+def _few(rows: Rows | tuple[Grid, ...]) -> str:
+    return str(list(rows[:3])) if len(rows) <= 3 else f"{list(rows[:3])} and {len(rows) - 3} more"
