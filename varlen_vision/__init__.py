@@ -7,19 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from varlen_vision.families import register_family, supported_families, unregister_family
+    from varlen_vision.host_grids import keep_grids_on_host
     from varlen_vision.kernels import available_kernels, flash_attn_varlen_func
     from varlen_vision.loading import load_model
+    from varlen_vision.plan import set_plan_cache
     from varlen_vision.swap import attention_report, restore_attention, swap_attention
+    from varlen_vision.vision_plan import VisionPlan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "VisionPlan",
     "attention_report",
     "available_kernels",
     "flash_attn_varlen_func",
+    "keep_grids_on_host",
     "load_model",
     "register_family",
     "restore_attention",
+    "set_plan_cache",
     "supported_families",
     "swap_attention",
     "unregister_family",
@@ -27,12 +33,15 @@ __all__ = [
 
 # Where each public name lives. Imported on first use, so that the kernels alone need torch and nothing else.
 _HOMES = {
+    "VisionPlan": "vision_plan",
     "attention_report": "swap",
     "available_kernels": "kernels",
     "flash_attn_varlen_func": "kernels",
+    "keep_grids_on_host": "host_grids",
     "load_model": "loading",
     "register_family": "families",
     "restore_attention": "swap",
+    "set_plan_cache": "plan",
     "supported_families": "families",
     "swap_attention": "swap",
     "unregister_family": "families",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,16 +14,14 @@ from varlen_vision.errors import PlanError
 from varlen_vision.families.recipe import recipe_of
 from varlen_vision.kernels.spec import Request
 from varlen_vision.kernels.table import choose
+from varlen_vision.plan.assemble import assemble, cu_seqlens_name
 from varlen_vision.plan.buffer import Buffer
-from varlen_vision.plan.cache import BATCHES, PARTS
+from varlen_vision.plan.cache import BATCHES
 from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, read_rows
-from varlen_vision.plan.inputs import Array, TowerInput
-from varlen_vision.plan.layouts import Layout
 from varlen_vision.plan.recipe import Recipe
 from varlen_vision.segments import Segments
 
-# What transformers calls the cumulative and the largest length of each kind of layer.
-_CU_SEQLENS = {"windows": "cu_window_seqlens"}
+# What transformers calls the longest segment of each kind of layer; `max_seqlen` where it is not here.
 _MAX_SEQLEN = {"windows": "max_window_seqlen"}
 
 # Beside the block itself: the host lengths, as Python integers in a tuple.
@@ -88,7 +85,7 @@ class VisionPlan:
             PlanError: the grids are not what a processor makes, or nothing is known of such a tower.
         """
         recipe = config_or_model if isinstance(config_or_model, Recipe) else recipe_of(config_or_model)
-        return plan_rows(read_rows(grid_thw), recipe, torch.device(device or "cpu"))
+        return plan_rows(read_rows(grid_thw), recipe, _exact(device or "cpu"))
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -103,7 +100,8 @@ class VisionPlan:
     def segments(self) -> Mapping[str, Segments]:
         """The cut for each kind of layer, known on the host and on the plan's device."""
         return {
-            kind: Segments(self.tensors[_cu_seqlens(kind)], lengths) for kind, lengths in self.lengths.items()
+            kind: Segments(self.tensors[cu_seqlens_name(kind)], lengths)
+            for kind, lengths in self.lengths.items()
         }
 
     @cached_property
@@ -134,16 +132,14 @@ class VisionPlan:
 
     def to(self, device: torch.device | str) -> VisionPlan:
         """The plan with its tensors on `device`: one copy, for which the host does not wait."""
-        device = torch.device(device)
-        if str(device) == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = _exact(device)
         if device == self.device:
             return self
         moved = replace(self, buffer=self.buffer.to(device))
         # The cut is the same: only its cu_seqlens is elsewhere.
         tensors = moved.tensors
         segments = {
-            kind: cut.with_cu_seqlens(tensors[_cu_seqlens(kind)]) for kind, cut in self.segments.items()
+            kind: cut.with_cu_seqlens(tensors[cu_seqlens_name(kind)]) for kind, cut in self.segments.items()
         }
         moved.__dict__["segments"] = segments
         return moved
@@ -154,13 +150,32 @@ class VisionPlan:
         Args:
             max_seqlen: the longest segments too, which transformers asks for only with a flash attention.
         """
-        found: dict[str, Any] = {_cu_seqlens(kind): cut.cu_seqlens for kind, cut in self.segments.items()}
-        if max_seqlen:
-            found |= {_MAX_SEQLEN.get(kind, "max_seqlen"): most for kind, most in self.max_seqlen.items()}
-        for item in self.recipe.inputs:
-            if item.fits(self.grids):
-                found |= item.keywords(self.tensors, self.grids)
+        if not max_seqlen:
+            return dict(self._keywords)
+        return self._keywords | {
+            _MAX_SEQLEN.get(kind, "max_seqlen"): most for kind, most in self.max_seqlen.items()
+        }
+
+    @cached_property
+    def _keywords(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for kind, cut in self.segments.items():
+                found[cu_seqlens_name(kind)] = cut.cu_seqlens
+            for item in self.recipe.inputs:
+                if item.fits(self.grids):
+                    found |= item.keywords(self.tensors, self.grids)
         return found
+
+    @cached_property
+    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
+        return tuple(
+            (tensor, tensor._version) for tensor in (self.buffer.block, *_flat(self._keywords.values()))
+        )
+
+    def intact(self) -> bool:
+        """Whether nobody wrote into the tensors since the plan was made."""
+        return all(tensor._version == version for tensor, version in self._versions)
 
     def check_batch(self, grid_thw: Any, recipe: Recipe) -> None:
         """Raise PlanError unless this plan was made for such a tower and exactly these grids.
@@ -230,87 +245,43 @@ class VisionPlan:
 
 
 def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
-    """The plan of grids that were read: looked up, or worked out and checked; its tensors on `device`."""
-    pinned = device.type == "cuda"
-    plan = BATCHES.get((recipe, rows, pinned), lambda: _make(rows, recipe, pinned))
-    return plan.to(device)
+    """The plan of grids that were read: looked up, or worked out and checked; its tensors on `device`.
+
+    A plan on a GPU is kept for the stream that it was copied on, since others do not wait for it. While
+    a CUDA graph is captured nothing is kept and nothing looked up: the graph would read memory that the cache
+    may free.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _make(rows, recipe, device)[0]
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return BATCHES.get((recipe, rows, device, stream), lambda: _make(rows, recipe, device), VisionPlan.intact)
 
 
-def _make(rows: Rows, recipe: Recipe, pinned: bool) -> tuple[VisionPlan, int]:
+def _make(rows: Rows, recipe: Recipe, device: torch.device) -> tuple[VisionPlan, int]:
     grids = grids_from_rows(rows, recipe.merge_size)
-    cuts = {
-        kind: _join([_lengths(layout, grid) for grid in grids]) for kind, layout in recipe.layouts.items()
-    }
-    parts = [(item, _parts(item, grids)) for item in recipe.inputs if item.fits(grids)]
-    wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("grid_thw", torch.int64, (len(grids), 3))]
-    wanted += [(_cu_seqlens(kind), torch.int32, (len(cut) + 1,)) for kind, cut in cuts.items()]
-    for item, by_name in parts:
-        for name in item.names:
-            first = by_name[name][0]
-            count = sum(map(len, by_name[name]))
-            wanted.append((name, _DTYPES[first.dtype.type], (count, *first.shape[1:])))
-    buffer = Buffer.empty(wanted, pinned=pinned)
-    into = buffer.arrays()
-    into["grid_thw"][:] = grids
-    for kind, cut in cuts.items():
-        cumulative = into[_cu_seqlens(kind)]
-        cumulative[0] = 0
-        np.cumsum(cut, out=cumulative[1:])
-    for item, by_name in parts:
-        for name, arrays in by_name.items():
-            np.concatenate(arrays, out=into[name])
-            if name in item.shifted:
-                _shift(into[name], arrays, [item.step(name, grid) for grid in grids])
-    lengths = {kind: tuple(cut.tolist()) for kind, cut in cuts.items()}
-    plan = VisionPlan(recipe, grids, lengths, buffer)
-    segments = sum(map(len, lengths.values()))
-    return plan, buffer.block.nbytes + _BYTES_PER_SEGMENT * segments + _BYTES_PER_PLAN
+    buffer, lengths = assemble(recipe, grids, pinned=device.type == "cuda")
+    plan = VisionPlan(recipe, grids, lengths, buffer.to(device))
+    tensors = {id(tensor): tensor for tensor in _flat(plan.keywords().values())}
+    size = plan.buffer.block.nbytes + sum(
+        tensor.nbytes for tensor in tensors.values() if tensor._base is not plan.buffer.block
+    )
+    return plan, size + _BYTES_PER_SEGMENT * sum(map(len, lengths.values())) + _BYTES_PER_PLAN
 
 
-_DTYPES = {np.int64: torch.int64, np.float32: torch.float32, np.int32: torch.int32}
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        elif isinstance(value, Tensor):
+            yield value
 
 
-def _lengths(layout: Layout, grid: Grid) -> Array:
-    def make() -> tuple[Array, int]:
-        lengths = np.asarray(layout.lengths(grid), np.int64)
-        return lengths, lengths.nbytes + _BYTES_PER_PART
-
-    return PARTS.get((layout, grid), make)
-
-
-# What an entry of a cache takes beside its arrays: their headers, the key and the entry itself.
-_BYTES_PER_PART = 512
-
-
-def _parts(item: TowerInput, grids: tuple[Grid, ...]) -> dict[str, list[Array]]:
-    """For each array its part of every image."""
-
-    def maker(grid: Grid) -> Callable[[], tuple[tuple[Array, ...], int]]:
-        def make() -> tuple[tuple[Array, ...], int]:
-            arrays = item.part(grid)
-            return arrays, sum(array.nbytes for array in arrays) + _BYTES_PER_PART
-
-        return make
-
-    by_image: Iterator[tuple[Array, ...]] = (PARTS.get((item, grid), maker(grid)) for grid in grids)
-    return {name: list(arrays) for name, arrays in zip(item.names, zip(*by_image, strict=True), strict=True)}
-
-
-def _join(arrays: list[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _shift(joined: Array, arrays: list[Array], steps: list[int]) -> None:
-    """Move the numbers of each image on by what comes before it."""
-    if len(arrays) == 1:
-        return
-    starts = np.cumsum([0, *steps[:-1]], dtype=joined.dtype)
-    moved = np.repeat(starts, [len(array) for array in arrays])
-    joined += moved.reshape(-1, *(1,) * (joined.ndim - 1))
-
-
-def _cu_seqlens(kind: str) -> str:
-    return _CU_SEQLENS.get(kind, "cu_seqlens")
+def _exact(device: torch.device | str) -> torch.device:
+    """With the index of the current GPU, where only 'cuda' was said."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def _request(

@@ -53,10 +53,10 @@ def profile_forward(
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             peak = cuda_peak(device, lambda: _marked(forward, blocks))
-        return count(_events(profiler), on_gpu=True), peak
+        return count(recorded_events(profiler), on_gpu=True), peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _marked(forward, None)
-    events = _events(profiler)
+    events = recorded_events(profiler)
     return count(events, on_gpu=False), peak_bytes(events)
 
 
@@ -155,7 +155,8 @@ def cuda_peak(device: torch.device, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _events(profiler: profile) -> list[Event]:
+def recorded_events(profiler: profile) -> list[Event]:
+    """What a finished profiler recorded."""
     inner = profiler.profiler
     if inner is None or inner.kineto_results is None:
         raise RuntimeError("the profiler of this PyTorch recorded nothing; it was built without Kineto")

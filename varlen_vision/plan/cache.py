@@ -26,19 +26,32 @@ class ByteCache:
         self._bytes = 0
         self._max_bytes = max_bytes
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Value, int]]) -> Value:
-        """The value of `key`, made where it is not known; `make` returns it with its size in bytes."""
+    def get(
+        self,
+        key: Hashable,
+        make: Callable[[], tuple[Value, int]],
+        valid: Callable[[Value], bool] | None = None,
+    ) -> Value:
+        """The value of `key`, made where it is not known, or no longer valid.
+
+        Args:
+            key: of what `make` makes.
+            make: returns the value, and its size in bytes.
+            valid: whether a known value may still be used.
+        """
         with self._lock:
             known = self._entries.get(key)
             if known is not None:
                 self._entries.move_to_end(key)
-                value: Value = known[0]
-                return value
+        if known is not None and (valid is None or valid(known[0])):
+            value: Value = known[0]
+            return value
         value, size = make()
         with self._lock:
-            if size <= self._max_bytes and key not in self._entries:
+            if size <= self._max_bytes:
+                _, before = self._entries.pop(key, (None, 0))
                 self._entries[key] = (value, size)
-                self._bytes += size
+                self._bytes += size - before
                 self._shrink()
         return value
 
@@ -69,10 +82,10 @@ class ByteCache:
 
 
 PARTS = ByteCache()
-"""Of single images: one array or more per (input, grid)."""
+"""Of single images: the arrays of each (recipe, grid)."""
 
 BATCHES = ByteCache()
-"""Of whole batches: a plan per (recipe, grids)."""
+"""Of whole batches: a plan per (recipe, grids, device, stream)."""
 
 
 def set_plan_cache(max_bytes: int) -> None:
