@@ -4,14 +4,18 @@ PYTHON ?= python3
 # The release that CI uses; any torch >= 2.10 works. On Linux this is the CUDA build unless pip is told otherwise.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# The newest release that the tests are known to pass with. What comes out later is tried on purpose:
+# `make test-latest`, then `nox -s pin -- RELEASE`.
+NEWEST := $(shell ls constraints/transformers-*.txt | sort -V | tail -1)
+PINS := --constraint $(NEWEST) --constraint constraints/dev.txt
 
-.PHONY: compare test lint test-versions test-ci-versions families test-gpu clean
+.PHONY: compare test lint test-latest test-versions test-ci-versions families test-gpu clean
 
-.venv/.installed: setup.py pyproject.toml
+.venv/.installed: setup.py pyproject.toml $(NEWEST) constraints/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev,report]'
+	$(BIN)/python -m pip install --quiet $(PINS) --editable '.[dev,report]'
 	touch $@
 
 # Freed memory stays with the process: else page faults are timed, in whichever path follows a large mask.
@@ -23,6 +27,9 @@ compare: .venv/.installed  ## every attention path side by side, on the CPU, wit
 
 test: lint  ## ruff, mypy, pytest with the newest transformers
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-latest: .venv/.installed  ## the same with whatever is newest on the package index today; may fail through no change of ours
+	$(BIN)/nox --session latest
 
 test-versions: .venv/.installed  ## pytest with every release of transformers in constraints/
 	$(BIN)/nox

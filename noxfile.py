@@ -61,6 +61,14 @@ def tests(session: nox.Session, release: str) -> None:
 
 
 @nox.session(default=False)
+def latest(session: nox.Session) -> None:
+    """pytest with what the package index has today: what to add to `constraints/` next."""
+    session.install(TORCH)
+    session.install("--upgrade", "--upgrade-strategy", "eager", TORCH, "--editable", ".[test]")
+    session.run("python", "-m", "pytest", "--numprocesses", "auto", *session.posargs)
+
+
+@nox.session(default=False)
 @nox.parametrize("release", [nox.param(release, id=release) for release in RELEASES])
 def families(session: nox.Session, release: str) -> None:
     """Try every family with one release of transformers, for docs/families.md."""

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from varlen_vision.encode import EncodedImage, encode_images
     from varlen_vision.families import register_family, supported_families, unregister_family
     from varlen_vision.host_grids import keep_grids_on_host
     from varlen_vision.kernels import available_kernels, flash_attn_varlen_func
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EncodedImage",
     "VisionPlan",
     "attention_report",
     "available_kernels",
+    "encode_images",
     "flash_attn_varlen_func",
     "keep_grids_on_host",
     "load_model",
@@ -33,9 +36,11 @@ __all__ = [
 
 # Where each public name lives. Imported on first use, so that the kernels alone need torch and nothing else.
 _HOMES = {
+    "EncodedImage": "encode",
     "VisionPlan": "vision_plan",
     "attention_report": "swap",
     "available_kernels": "kernels",
+    "encode_images": "encode",
     "flash_attn_varlen_func": "kernels",
     "keep_grids_on_host": "host_grids",
     "load_model": "loading",

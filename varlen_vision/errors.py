@@ -33,3 +33,22 @@ class FamilyError(VarlenVisionError, ValueError):
 
 class PlanError(SegmentError):
     """grid_thw, or a plan made of it, does not describe the batch or the tower that it is used with."""
+
+
+class EncodeError(VarlenVisionError, ValueError):
+    """Images cannot be encoded with this model or processor, or one of the arguments is unusable."""
+
+
+class ImageError(EncodeError):
+    """One of the images cannot be encoded.
+
+    Attributes:
+        index: which one, counted from 0 in the order given.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(f"image {index}: {message}")
+        self.index = index
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[int, str]]:
+        return type(self), (self.index, str(self).removeprefix(f"image {self.index}: "))

@@ -18,6 +18,7 @@ from varlen_vision.families import FAMILIES
 from varlen_vision.kernels.table import KERNELS, check_kernel
 from varlen_vision.swap import swap_attention
 from varlen_vision.versions import warn_if_untested
+from varlen_vision.vision_only import load_tower
 
 # What AutoConfig needs to find the same files as from_pretrained will.
 _LOCATION = (
@@ -40,6 +41,7 @@ def load_model(
     kernel: str = "auto",
     mask_build: str | None = None,
     verify: bool = True,
+    vision_only: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Load a vision-language model, or a vision tower on its own, with `attn` in its vision blocks.
@@ -53,15 +55,19 @@ def load_model(
             'device_slices_3d' (4.49 and 4.50), 'host', 'host_lengths' or 'vectorized' (see
             varlen_vision.kernels.sdpa_mask).
         verify: check each swapped block beside the original (see swap_attention).
+        vision_only: of a whole model's checkpoint load the vision tower alone. Only its weights are read, and
+            from the hub only the files that hold them are fetched; they must be safetensors files.
         from_pretrained_kwargs: passed to `from_pretrained`: dtype, device_map, revision,
             quantization_config, trust_remote_code and so on. `attn_implementation` is for the text part.
 
     Returns:
-        The model, as `from_pretrained` of its Auto class returns it, with its vision attention swapped;
+        The model, as `from_pretrained` of its Auto class returns it, with its vision attention swapped; with
+        `vision_only`, the tower: a PreTrainedModel whose `name_or_path` is that of the checkpoint.
         (model, info) with `output_loading_info=True`.
 
     Raises:
-        LoadError: nothing loadable there, no vision part, or arguments that contradict each other.
+        LoadError: nothing loadable there, no vision part, or arguments that contradict each other; with
+            `vision_only` also no safetensors files, or stored weights that are not those of the tower.
         SwapError, KernelError, ParityError: see swap_attention.
     """
     options = _check_arguments(attn, kernel, mask_build)
@@ -69,10 +75,15 @@ def load_model(
     kwargs = _spell_dtype(dict(from_pretrained_kwargs))
     config = _config(name_or_path, kwargs)
     vision_attn = attn if not options else "sdpa"  # what is swapped out should run without extra packages
-    by_part = _attn_implementation(config, vision_attn, kwargs.pop("attn_implementation", None))
+    asked = kwargs.pop("attn_implementation", None)
+    by_part = _attn_implementation(config, vision_attn, asked, vision_only)
     loader = _loader(config, bool(kwargs.get("trust_remote_code")))
-    kwargs |= _spell_attn_implementation(config, by_part, loader, kwargs)
-    loaded = loader.from_pretrained(name_or_path, **kwargs)
+    if vision_only and not _is_tower(config):
+        location = {key: kwargs.pop(key) for key in _LOCATION if key in kwargs}
+        loaded = load_tower(name_or_path, config, loader, by_part, location, **_without_config(kwargs))
+    else:
+        kwargs |= _spell_attn_implementation(config, by_part, loader, kwargs)
+        loaded = loader.from_pretrained(name_or_path, **kwargs)
     if options:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         swap_attention(model, verify=verify, **options)
@@ -159,9 +170,15 @@ def _is_tower(config: Any) -> bool:
     return getattr(config, "base_config_key", "") == "vision_config"
 
 
-def _attn_implementation(config: Any, vision: str, asked: str | dict[str, str] | None) -> Any:
+def _without_config(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "config"}
+
+
+def _attn_implementation(
+    config: Any, vision: str, asked: str | dict[str, str] | None, vision_only: bool
+) -> Any:
     """transformers' `attn_implementation`: `vision` for the vision part, for the rest what was asked for."""
-    key = _vision_key(config)
+    key = None if vision_only else _vision_key(config)
     if key is None:
         if asked is not None:
             raise LoadError(

@@ -263,10 +263,8 @@ def _make(rows: Rows, recipe: Recipe, device: torch.device) -> tuple[VisionPlan,
     grids = grids_from_rows(rows, recipe.merge_size)
     buffer, lengths = assemble(recipe, grids, pinned=device.type == "cuda")
     plan = VisionPlan(recipe, grids, lengths, buffer.to(device))
-    tensors = {id(tensor): tensor for tensor in _flat(plan.keywords().values())}
-    size = plan.buffer.block.nbytes + sum(
-        tensor.nbytes for tensor in tensors.values() if tensor._base is not plan.buffer.block
-    )
+    # Now, so that `intact` knows how the tensors were when nobody had them yet.
+    size = sum(tensor.nbytes for tensor, _ in plan._versions if tensor._base is not plan.buffer.block)
     return plan, size + _BYTES_PER_SEGMENT * sum(map(len, lengths.values())) + _BYTES_PER_PLAN
 
 

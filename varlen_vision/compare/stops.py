@@ -19,9 +19,9 @@ from varlen_vision.compare.families import WORKLOADS
 from varlen_vision.compare.profiling import FORWARD, Event, count, recorded_events
 from varlen_vision.families.recipe import recipe_of
 from varlen_vision.plan import Recipe, clear_plan_cache
+from varlen_vision.scopes.observe import observing
 from varlen_vision.swap import restore_attention, swap_attention
 from varlen_vision.testing import zoo
-from varlen_vision.testing.metadata import steps
 from varlen_vision.testing.zoo.real import real_tower
 from varlen_vision.vision_plan import VisionPlan
 
@@ -171,7 +171,8 @@ def pauses(events: Iterable[Event]) -> tuple[int, int, int]:
 
 def _plan_time(name: str, workload: str, model: nn.Module, inputs: dict[str, Any]) -> PlanTime:
     grid = inputs["grid_thw"]
-    made = steps(model, lambda: model(**inputs), grid)
+    with torch.no_grad(), observing(model, grid) as made:
+        model(**inputs)
     on_host, recipe = grid.cpu(), recipe_of(model)
     orders = [on_host[torch.randperm(len(on_host))] for _ in range(20)]
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from math import isqrt
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 from varlen_vision.plan import (
     FrameIndex,
     Interpolation,
@@ -62,9 +65,14 @@ def minimax_m3_vl(config: Any) -> Inputs:
     return (Positions(config.spatial_merge_size, temporal=True),)
 
 
-def muse(config: Any) -> Inputs:
+def muse_glimmer(config: Any) -> Inputs:
+    """Up to transformers 5.23 its table was read with height and width in order."""
+    return muse(config, transposed=Version(transformers.__version__) >= Version("5.24"))
+
+
+def muse(config: Any, transposed: bool = True) -> Inputs:
     """Muse merges after the last layer, and reads its table with height and width exchanged."""
-    table = Interpolation(config.pos_emb_height, padding="zeros", transposed=True)
+    table = Interpolation(config.pos_emb_height, padding="zeros", transposed=transposed)
     return (Positions(1), WindowOrder(muse_windows(config)), table, PixelShuffle(config.merge_size))
 
 

@@ -46,7 +46,7 @@ def accepted_recipe(family: Family, tower: nn.Module) -> Recipe | None:
     """
     config = getattr(tower, "config", None)
     layouts = family.layouts(config)
-    module = sys.modules.get(_home(tower))
+    module = sys.modules.get(home_of(tower))
     if not layouts or module is None or not _plannable(module):
         return None
     return Recipe(layouts, _taken(family.inputs(config), module), family.grid_on_host)
@@ -56,7 +56,7 @@ def _of_model(model: nn.Module) -> Recipe:
     for module in model.modules():
         family = family_of_tower(module)
         if family is not None and family.modality == "vision":
-            return _made(family, getattr(module, "config", None), _home(module))
+            return _made(family, getattr(module, "config", None), home_of(module))
     raise PlanError(f"{type(model).__name__} has no vision tower of a known family")
 
 
@@ -87,8 +87,8 @@ def _vision_part(config: Any) -> Any:
     return None
 
 
-def _home(tower: nn.Module) -> str:
-    """The module in whose names the tower's forward looks."""
+def home_of(tower: nn.Module) -> str:
+    """Name of the module in whose names the tower's forward looks."""
     for cls in type(tower).__mro__:
         if "forward" in cls.__dict__:
             return cls.__module__

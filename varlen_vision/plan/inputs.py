@@ -47,6 +47,11 @@ class TowerInput:
         return grid[0] * grid[1] * grid[2]
 
     @property
+    def keyword_names(self) -> tuple[str, ...]:
+        """Of the keyword arguments that it stands for."""
+        return self.names
+
+    @property
     def unit(self) -> int:
         """Patches per side of the squares that this keeps together; no image may cut one."""
         return 1
@@ -162,6 +167,10 @@ class Interpolation(TowerInput):
         "interp_column_weights",
     )
     shifted = frozenset(names[:2])
+
+    @property
+    def keyword_names(self) -> tuple[str, ...]:
+        return ("interp_indices", "interp_weights")
 
     @property
     def unit(self) -> int:
@@ -284,6 +293,10 @@ class TemporalMerge(TowerInput):
     returns_tuple = True
     names = ("temporal_merge_destination", "temporal_merge_weight")
     shifted = frozenset(names[:1])
+
+    @property
+    def keyword_names(self) -> tuple[str, ...]:
+        return ("temporal_merge_index",)
 
     @property
     def unit(self) -> int:

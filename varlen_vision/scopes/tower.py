@@ -11,15 +11,19 @@ from torch import Tensor, nn
 
 from varlen_vision.errors import PlanError
 from varlen_vision.families import Family
-from varlen_vision.families.recipe import accepted_recipe
-from varlen_vision.plan import Layout, plan_lengths, read_rows
+from varlen_vision.families.recipe import accepted_recipe, home_of
+from varlen_vision.plan import Layout, Recipe, plan_lengths, read_rows
 from varlen_vision.scopes.masks import no_mask, replace_mask
+from varlen_vision.scopes.observe import Observation, confirmed, current_observation
 from varlen_vision.segments import SegmentReader
 from varlen_vision.vision_plan import VisionPlan, plan_rows
 
 _KEY = "_varlen_vision_scope"
 # The method with which towers of transformers 4.53, and audio encoders up to 5.5, make a dense mask.
 _MASK_METHOD = "_prepare_attention_mask"
+
+_CONFIRMED: dict[tuple[type[nn.Module], Recipe], Recipe | None] = {}
+"""What of a recipe was seen to be what towers of a class work out themselves."""
 
 
 def scope_of(tower: nn.Module) -> TowerScope | None:
@@ -42,7 +46,7 @@ class TowerScope:
         config = getattr(tower, "config", None)  # a tower from elsewhere need not have one
         known = any(map(family.is_tower, type(tower).__mro__))  # else it only stands for one
         self.layouts: dict[str, Layout] = dict(family.layouts(config)) if known else {}
-        self.recipe = accepted_recipe(family, tower) if known else None
+        self.accepted = accepted_recipe(family, tower) if known else None
         self.tower = tower
         self.parameters = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.handles = [
@@ -52,6 +56,13 @@ class TowerScope:
         if hasattr(type(tower), _MASK_METHOD):
             tower.__dict__[_MASK_METHOD] = no_mask
         tower.__dict__[_KEY] = self
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What is planned for the tower; None before its first forward, which shows what it works out."""
+        if self.accepted is None:
+            return None
+        return _CONFIRMED.get((type(self.tower), self.accepted))
 
     def remove(self) -> None:
         """Undo all that the constructor did."""
@@ -79,26 +90,66 @@ class TowerScope:
         grid_thw = given.get("grid_thw")
         # Where the caller brings cu_seqlens along, grid_thw need not be what they follow from.
         segments_given = any(given.get(name) is not None for name in ("cu_seqlens", "cu_window_seqlens"))
-        readable = isinstance(grid_thw, Tensor) and not grid_thw.is_meta and not segments_given
-        if self.recipe is None or grid_thw is None or not readable:
+        if not isinstance(grid_thw, Tensor) or grid_thw.is_meta or segments_given:
             if plan is not None:
                 raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
-            expected = {}
-            if self.layouts and grid_thw is not None and readable and grid_thw.ndim == 2:
-                expected = plan_lengths(read_rows(grid_thw), self.layouts)
-            self.reader.begin_forward(expected)
+            self.reader.begin_forward()
             return args, kwargs
+        if plan is not None and self.accepted is None:
+            raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
         pixels = next(value for value in given.values() if isinstance(value, Tensor))
+        recipe = self.recipe
+        if self.accepted is not None:
+            wanted = recipe or self.accepted
+            if plan is None:
+                plan = plan_rows(read_rows(grid_thw), wanted, pixels.device)
+            else:
+                plan.check_batch(grid_thw, wanted)
+                plan = plan.to(pixels.device)
         if plan is None:
-            plan = plan_rows(read_rows(grid_thw), self.recipe, pixels.device)
-        else:
-            plan.check_batch(grid_thw, self.recipe)
-            plan = plan.to(pixels.device)
+            known = self.layouts and grid_thw.ndim == 2
+            self.reader.begin_forward(plan_lengths(read_rows(grid_thw), self.layouts) if known else None)
+            return args, kwargs
         plan.check_patches(pixels)
+        if recipe is None:
+            self.reader.begin_forward(plan.lengths)
+            args, kwargs = self._replaced(args, kwargs, grid_thw=grid_thw.to(pixels.device))
+            self._observe(kwargs["grid_thw"])
+            return args, kwargs
         self.reader.begin_forward()
         for cut in plan.segments.values():
             self.reader.remember(cut)
         return self._with(plan, grid_thw, args, kwargs)
+
+    def _observe(self, grid_thw: Tensor) -> None:
+        """Write down what this forward works out, unless that was done and nothing of it can be planned."""
+        if (type(self.tower), self.accepted) not in _CONFIRMED and not torch.compiler.is_compiling():
+            Observation(home_of(self.tower), grid_thw, self).begin()
+
+    def _confirm(self, finished: bool) -> None:
+        """After an observed forward: trust what was seen to be equal, and warn of what was not."""
+        observation = current_observation()
+        if observation is None or observation.owner is not self or self.accepted is None:
+            return
+        steps = observation.end()
+        if not finished:
+            return  # a forward that failed shows nothing
+        recipe, wrong = confirmed(self.accepted, steps)
+        _CONFIRMED[type(self.tower), self.accepted] = recipe
+        if wrong:
+            warnings.warn(
+                f"{type(self.tower).__name__} works out {', '.join(wrong)} otherwise than planned for "
+                f"{self.family.label}; it goes on to do so itself, which costs host stops",
+                stacklevel=2,
+            )
+
+    def _replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with others in the place of some, which are then passed by name."""
+        first = min(self.parameters.index(name) for name in values)
+        by_name = dict(zip(self.parameters[first:], args[first:], strict=False))
+        return args[:first], {**by_name, **kwargs, **values}
 
     def _with(
         self, plan: VisionPlan, grid_thw: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,22 +159,15 @@ class TowerScope:
         planned = plan.keywords(max_seqlen=flash)
         wanted = torch.device("cpu") if plan.recipe.grid_on_host else plan.device
         if grid_thw.device != wanted:
-            planned["grid_thw"] = (
-                plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)
-            )
-            place = self.parameters.index("grid_thw")
-            args, kwargs = (
-                args[:place],
-                {**dict(zip(self.parameters[place:], args[place:], strict=False)), **kwargs},
-            )
-            del kwargs["grid_thw"]
+            moved = plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)
+            args, kwargs = self._replaced(args, kwargs, grid_thw=moved)
         return args, {**planned, **{name: value for name, value in kwargs.items() if value is not None}}
 
     def _why_no_plan(self, plan: VisionPlan, grid_thw: Any, segments_given: bool) -> str:
         name = type(self.tower).__name__
         if segments_given:
             return f"vision_plan={plan!r} and cu_seqlens were both given to {name}; give one of them"
-        if self.recipe is None:
+        if self.accepted is None:
             return (
                 f"vision_plan={plan!r} was given to {name}, whose forward works out everything itself in the "
                 "installed transformers, or whose segments do not follow from its grids; leave it out"
@@ -132,6 +176,7 @@ class TowerScope:
 
     @torch.compiler.disable
     def _end(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._confirm(finished=output is not None)
         self.reader.end_forward()
 
 

@@ -1,0 +1,303 @@
+"""Plans are what transformers works out, are used by swapped towers, and refuse what they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.families import TOWERS, batch, make
+from varlen_vision import VisionPlan, keep_grids_on_host, restore_attention, set_plan_cache, swap_attention
+from varlen_vision.errors import PlanError
+from varlen_vision.families import FAMILIES
+from varlen_vision.families.recipe import accepted_recipe, recipe_of
+from varlen_vision.plan import Interpolation, Positions, Recipe, clear_plan_cache
+from varlen_vision.plan.cache import BATCHES, DEFAULT_BYTES, PARTS, ByteCache
+from varlen_vision.plan.layouts import FrameLayout
+from varlen_vision.scopes import scope_of
+from varlen_vision.scopes import tower as tower_module
+from varlen_vision.scopes.observe import Step, equal, observing
+
+_MADE: dict[str, tuple[Recipe, list[Step]]] = {}
+
+
+def plannable() -> list[str]:
+    """Families whose tower takes in this release what was planned."""
+    return [
+        name
+        for name in TOWERS
+        if FAMILIES[name].layouts(make(name).config)
+        and accepted_recipe(FAMILIES[name], make(name)) is not None
+    ]
+
+
+PLANNABLE = plannable()
+needs_keywords = pytest.mark.skipif(
+    not PLANNABLE, reason="this release of transformers takes nothing planned"
+)
+RECIPE = Recipe({"frames": FrameLayout()}, (Positions(2), Interpolation(8, merge_size=2)))
+
+
+def observed(name: str) -> tuple[Recipe, list[Step]]:
+    """The recipe of a family, and the calls that its own tower makes."""
+    if name not in _MADE:
+        model = make(name)
+        inputs = batch(name, model)
+        with torch.no_grad(), observing(model, inputs.arguments["grid_thw"]) as steps:
+            model(**inputs.arguments)
+        _MADE[name] = (recipe_of(model), steps)
+    return _MADE[name]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """In merge units: one unit, odd sizes, windows that do not fill, a very long video."""
+    side = st.integers(1, 23)
+    frames = st.sampled_from([1, 1, 1, 2, 3, 7])
+    made = draw(st.lists(st.tuples(frames, side, side), min_size=1, max_size=6))
+    return [*made, (64, 1, 2)] if draw(st.booleans()) else made
+
+
+@needs_keywords
+@pytest.mark.parametrize("name", PLANNABLE)
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(made=grids())
+def test_plans_are_what_transformers_works_out(name: str, made: list[tuple[int, int, int]]) -> None:
+    recipe, steps = observed(name)
+    unit = recipe.merge_size
+    grid_thw = torch.tensor([(frames, height * unit, width * unit) for frames, height, width in made])
+    planned = VisionPlan.from_grid(grid_thw, recipe).keywords()
+    own: dict[str, Any] = {}
+    for step in steps:
+        if not any(isinstance(value, Tensor) for value in step.arguments):  # merge sizes of that one batch
+            if step.name == "get_vision_temporal_merge_index" and "temporal_merge_index" not in planned:
+                continue  # transformers 5.17 cannot mix lengths of videos
+            own |= step.run(grid_thw)
+    assert {"cu_seqlens"} <= planned.keys() <= own.keys()
+    for keyword, value in planned.items():
+        assert equal(value, own[keyword]), keyword
+
+
+@needs_keywords
+@pytest.mark.parametrize("name", PLANNABLE)
+def test_the_second_forward_is_planned_and_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name)
+    inputs = batch(name, model)
+    swap_attention(model, verify=False)
+    scope = scope_of(model)
+    assert scope is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first = inputs.run()
+    assert scope.recipe == recipe_of(model)
+    reads = scope.reader.reads
+    assert torch.equal(inputs.run(), first)
+    assert torch.equal(inputs.run(inference=True), first)
+    assert scope.reader.reads == reads
+
+    def other(rows: Any, recipe: Recipe, device: torch.device) -> VisionPlan:
+        plan = plan_rows(rows, recipe, device)
+        halves = {
+            kind: tuple(n for m in cut for n in (m // 2, m - m // 2)) for kind, cut in plan.lengths.items()
+        }
+        segments = {kind: type(cut).from_lengths(halves[kind]) for kind, cut in plan.segments.items()}
+        spoiled = dataclasses.replace(plan, lengths=halves)
+        spoiled.__dict__["segments"] = segments
+        return spoiled
+
+    plan_rows = tower_module.plan_rows
+    monkeypatch.setattr(tower_module, "plan_rows", other)
+    try:
+        planned = inputs.run()
+    except IndexError:  # GLM-4V looks up images by segment
+        return
+    assert not torch.equal(planned, first)  # so it is the plan that the layers use
+
+
+@needs_keywords
+def test_what_a_tower_works_out_otherwise_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a release changes a scalar that stands in its code."""
+    wrong = dataclasses.replace(FAMILIES["qwen2_vl"], inputs=lambda config: (Positions(1),))
+    monkeypatch.setitem(FAMILIES, "qwen2_vl", wrong)
+    model = make("qwen2_vl")
+    inputs = batch("qwen2_vl", model)
+    expected = inputs.run()
+    swap_attention(model, "sdpa_segments", verify=False)
+    with pytest.warns(UserWarning, match="position_ids otherwise than planned"):
+        first = inputs.run()
+    scope = scope_of(model)
+    assert scope is not None and scope.recipe is not None and not scope.recipe.inputs
+    torch.testing.assert_close(inputs.run(), expected)
+    assert torch.equal(inputs.run(), first)
+
+
+@needs_keywords
+def test_a_plan_given_by_hand() -> None:
+    model, other = make("qwen2_5_vl"), make("qwen2_vl")
+    inputs = batch("qwen2_5_vl", model)
+    expected = inputs.run()
+    swap_attention(model)
+    grid = inputs.arguments["grid_thw"]
+    plan = VisionPlan.from_grid(grid, model)
+    for _ in range(2):
+        with torch.no_grad():
+            output = model(**inputs.arguments, vision_plan=plan)
+        torch.testing.assert_close(getattr(output, "pooler_output", output), expected)
+    with pytest.raises(PlanError, match="another batch: 1 images of 16 patches"):
+        model(**inputs.arguments, vision_plan=VisionPlan.from_grid([(1, 4, 4)], model))
+    with pytest.raises(PlanError, match="another tower"):
+        model(**inputs.arguments, vision_plan=VisionPlan.from_grid(grid, other))
+    fewer = {**inputs.arguments, "grid_thw": grid[:1]}
+    with pytest.raises(PlanError, match=r"describes 4 patches in 1 images.*pixel_values has shape"):
+        model(**fewer)
+    assert torch.equal(inputs.run(), inputs.run())  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ([(1, 0, 4)], "row 0 of grid_thw is"),
+        ([(1, 4, 4), (1, -2, 4)], "row 1 of grid_thw"),
+        ([(1, 4, 5)], "multiples of the merge size, 2"),
+        (torch.tensor([(1.0, 4.0, 4.0)]), "dtype torch.float32"),
+        (np.array([(1.0, 4.0, 4.0)]), "dtype float64"),
+        ([(1, 4.0, 4)], "whole numbers"),
+        ([(True, 4, 4)], "whole numbers"),
+        (torch.tensor([1, 4, 4]), r"shape \(3,\)"),
+        ([(4, 4)], r"expected \(frames, height, width\)"),
+        ([], "no row"),
+        (torch.zeros(0, 3, dtype=torch.int64), "no row"),
+        ([(1, 65536, 65536)], "more than int32"),
+        (7, "expected"),
+    ],
+)
+def test_grids_that_no_processor_makes(grid: Any, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        VisionPlan.from_grid(grid, RECIPE)
+
+
+def test_models_of_which_nothing_is_known() -> None:
+    with pytest.raises(PlanError, match="has no vision tower"):
+        VisionPlan.from_grid([(1, 4, 4)], torch.nn.Linear(2, 2))
+    with pytest.raises(PlanError, match="not the config of a known vision tower"):
+        VisionPlan.from_grid([(1, 4, 4)], object())
+
+
+@pytest.fixture
+def cache() -> Any:
+    clear_plan_cache()
+    yield
+    set_plan_cache(DEFAULT_BYTES)
+    clear_plan_cache()
+
+
+@pytest.mark.usefixtures("cache")
+class TestCache:
+    def test_a_batch_seen_before_is_looked_up(self) -> None:
+        first = VisionPlan.from_grid([(1, 4, 6)], RECIPE)
+        assert VisionPlan.from_grid(torch.tensor([(1, 4, 6)]), RECIPE) is first
+
+    def test_tensors_that_were_written_into_are_not_used_again(self) -> None:
+        first = VisionPlan.from_grid([(1, 4, 6)], RECIPE)
+        first.tensors["position_ids"].zero_()
+        again = VisionPlan.from_grid([(1, 4, 6)], RECIPE)
+        assert again is not first and again.tensors["position_ids"].any()
+
+    def test_nothing_is_kept_without_room(self) -> None:
+        set_plan_cache(0)
+        first = VisionPlan.from_grid([(1, 4, 6)], RECIPE)
+        again = VisionPlan.from_grid([(1, 4, 6)], RECIPE)
+        assert again is not first and len(BATCHES) == len(PARTS) == 0
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+        with pytest.raises(PlanError, match="max_bytes is -1"):
+            set_plan_cache(-1)
+
+    def test_what_was_used_longest_ago_goes_first(self) -> None:
+        kept = ByteCache(20)
+        for key in "abac":
+            kept.get(key, lambda key=key: (key, 10))  # type: ignore[misc]
+        assert [key for key in "abc" if key in kept._entries] == ["a", "c"] and kept.bytes == 20
+
+    def test_two_threads_planning_at_once(self) -> None:
+        set_plan_cache(30_000)  # so that entries go while others are made
+        sizes = [(1, 2 * height, 2 * width) for height in range(1, 12) for width in range(1, 12)]
+        right = {size: Positions(2).part(size)[0] for size in sizes}
+        wrong: list[object] = []
+
+        def work(seed: int) -> None:
+            order = np.random.default_rng(seed)
+            for _ in range(150):
+                chosen = [sizes[index] for index in order.integers(0, len(sizes), 3)]
+                made = VisionPlan.from_grid(chosen, RECIPE).tensors["position_ids"].numpy()
+                if not np.array_equal(made, np.concatenate([right[size] for size in chosen])):
+                    wrong.append(chosen)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert BATCHES.bytes <= 30_000 and PARTS.bytes <= 30_000
+
+    def test_memory_stays_flat_over_100_000_grids(self) -> None:
+        set_plan_cache(2**20)
+        recipe = Recipe({"frames": FrameLayout()}, (Positions(2),))
+        sides = np.random.default_rng(0).integers(1, 400, (100_000, 2)) * 2
+        sides[:, 1] = sides[:, 1] % 8 + 2 - sides[:, 1] % 2
+
+        def run(part: Any) -> int:
+            for frames, (height, width) in enumerate(part.tolist()):
+                VisionPlan.from_grid([(1 + frames % 2, height, width)], recipe)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        before = run(sides[:10_000])
+        assert run(sides[10_000:]) - before < 8 * 1024  # KiB
+        assert BATCHES.bytes <= 2**20 and PARTS.bytes <= 2**20
+
+
+def test_the_record_is_complete() -> None:
+    name = "qwen2_5_vl"
+    model = make(name)
+    plan = VisionPlan.from_grid([(1, 20, 12), (2, 6, 10)], model)
+    assert plan.patches == 360 and set(plan.lengths) == {"frames", "windows"}
+    assert plan.max_seqlen["frames"] == 240 and plan.segments["frames"].lengths == (240, 60, 60)
+    inverse, index = plan.window_inverse, plan.tensors["window_index"]
+    assert inverse is not None and torch.equal(inverse, torch.argsort(index))
+    full, windows = plan.work(heads=2, head_dim=80, device="cpu", dtype=torch.float32)
+    assert (full.kind, full.segments, full.max_seqlen) == ("frames", 3, 240)
+    assert full.flops == 4 * 160 * (240**2 + 2 * 60**2) and full.bytes == 4 * 160 * 360 * 4
+    assert windows.kernel == "sdpa_segments" and windows.flops < full.flops
+    assert "2 images, 360 patches" in repr(plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.grids = ()  # type: ignore[misc]
+
+
+def test_grids_kept_on_the_host() -> None:
+    grid = torch.tensor([(1, 4, 4)])
+    inputs = {"pixel_values": torch.ones(16, 4), "image_grid_thw": grid, "input_ids": torch.ones(1, 2).long()}
+    kept = keep_grids_on_host(inputs)
+    moved = kept.to("meta")
+    assert moved is kept and kept["pixel_values"].is_meta and kept["input_ids"].is_meta
+    assert torch.equal(kept["image_grid_thw"], grid) and not inputs["pixel_values"].is_meta
+    assert keep_grids_on_host(inputs).to(torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
+
+
+@needs_keywords
+def test_a_restored_tower_works_everything_out_itself() -> None:
+    model = make("qwen3_vl")
+    inputs = batch("qwen3_vl", model)
+    expected = inputs.run()
+    swap_attention(model)
+    inputs.run()
+    restore_attention(model)
+    assert scope_of(model) is None and torch.equal(inputs.run(), expected)
