@@ -61,6 +61,5 @@ def relative_error(result: Tensor, reference: Tensor) -> Error:
 
 def budget(plain: Error, dtype: torch.dtype) -> Error:
     """What a result in `dtype` may err, given the error of the plain path in that dtype."""
-    # float32: how far sums of another order are apart depends on the CPU, and the plain path can be lucky.
-    rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.5)
+    rounding = torch.finfo(dtype).eps / 2
     return Error(FACTOR * plain.overall + rounding, FACTOR * plain.worst_token + rounding)
