@@ -1,10 +1,13 @@
 """The tests with each release of transformers in `constraints/`, in an environment of its own.
 
+`make test` runs the newest of them in .venv, with everything at the versions in its file.
+
 nox                                   all releases
 nox -t ci                             the oldest and one from the middle, as CI runs them too
 nox -s 'tests(4.51.3)' -- tests/test_swap.py -x
 nox -R ...                            with the environments as they are
-nox -s pin -- 5.24.0                  write the constraints of a release
+nox -s latest                         the newest of everything but torch; CI does not run it
+nox -s pin -- 5.25.0                  write the constraints of a release
 """
 
 from __future__ import annotations
@@ -61,19 +64,20 @@ def tests(session: nox.Session, release: str) -> None:
 
 
 @nox.session(default=False)
-def latest(session: nox.Session) -> None:
-    """pytest with what the package index has today: what to add to `constraints/` next."""
-    session.install(TORCH)
-    session.install("--upgrade", "--upgrade-strategy", "eager", TORCH, "--editable", ".[test]")
-    session.run("python", "-m", "pytest", "--numprocesses", "auto", *session.posargs)
-
-
-@nox.session(default=False)
 @nox.parametrize("release", [nox.param(release, id=release) for release in RELEASES])
 def families(session: nox.Session, release: str) -> None:
     """Try every family with one release of transformers, for docs/families.md."""
     _install(session, release)
     session.run("python", "-m", "varlen_vision.testing.coverage", "record", "docs/families")
+
+
+@nox.session(default=False, reuse_venv=False)
+def latest(session: nox.Session) -> None:
+    """pytest with whatever pip finds today: what a release that is not pinned yet would break."""
+    session.install(TORCH)
+    session.install("--editable", ".[dev,report]")
+    session.run("python", "-c", "import transformers; print('transformers', transformers.__version__)")
+    session.run("python", "-m", "pytest", "--numprocesses", "auto", *session.posargs)
 
 
 @nox.session(default=False)
@@ -82,7 +86,9 @@ def pin(session: nox.Session) -> None:
     (release,) = session.posargs
     report = Path(session.create_tmp()).resolve() / "report.json"
     choose = ("install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report))
-    wanted = (TORCH, f"transformers=={release}", "--editable", ".[test]")
+    # The newest is what `make` installs, with the tools beside the tests.
+    newest = _order(release) >= max(map(_order, RELEASES), default=[])
+    wanted = (TORCH, f"transformers=={release}", "--editable", ".[dev,report]" if newest else ".[test]")
     session.run("python", "-m", "pip", *choose, *wanted)
     chosen = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     pins = {item["name"]: item["version"].split("+")[0] for item in chosen}

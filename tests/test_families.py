@@ -25,7 +25,8 @@ UNLIKE = [
 
 # Their positions are added to the patches, or turned before the blocks.
 WITHOUT_ROPE = {
-    *("cosmos3_edge", "glm_image", "hunyuan_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "radio"),
+    *("cosmos3_edge", "glm_image", "hunyuan_vl", "hy_v4_vl", "minicpm_ocr", "minicpmv4_6"),
+    *("minicpmv4_7", "radio"),
     *("qwen2_5_omni_audio", "qwen3_omni_moe_audio", "qwen3_asr"),
 }
 

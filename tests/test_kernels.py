@@ -26,6 +26,7 @@ from tests.tolerance import (
     oracle,
     packed,
     plain,
+    plain_masked,
 )
 from tests.watch import LargestTensor
 from varlen_vision.errors import KernelError
@@ -71,6 +72,11 @@ def with_kernel(kernel: Kernel, lengths: Sequence[int], **facts: Any) -> Attend:
         )
 
     return attend
+
+
+def yardstick(kernel: Kernel) -> Callable[..., Tensor]:
+    """What sets the scale of its rounding: the same kernel of PyTorch, where that is another with a mask."""
+    return plain_masked if kernel[1].get("mask_build") == "vectorized" else plain
 
 
 def label(value: object) -> str | None:
@@ -130,21 +136,23 @@ class TestVariants:
     def test_without_gradients(self, kernel: Kernel, dtype: torch.dtype, lengths: list[int]) -> None:
         """PyTorch may take another path where nothing has to be kept for backward."""
         with torch.inference_mode():
-            assert_parity(with_kernel(kernel, lengths), packed(lengths, 16, 80, dtype), lengths)
+            qkv = packed(lengths, 16, 80, dtype)
+            assert_parity(with_kernel(kernel, lengths), qkv, lengths, yardstick=yardstick(kernel))
 
     def test_softmax_scale(self, kernel: Kernel, dtype: torch.dtype, lengths: list[int]) -> None:
         qkv = packed(lengths, 16, 80, dtype, requires_grad=True)
-        assert_parity(with_kernel(kernel, lengths, scale=0.21), qkv, lengths, scale=0.21)
+        attend = with_kernel(kernel, lengths, scale=0.21)
+        assert_parity(attend, qkv, lengths, scale=0.21, yardstick=yardstick(kernel))
 
     def test_grouped_heads(self, kernel: Kernel, dtype: torch.dtype, lengths: list[int]) -> None:
         qkv = packed(lengths, 16, 80, dtype, kv_heads=4, requires_grad=True)
-        assert_parity(with_kernel(kernel, lengths), qkv, lengths)
+        assert_parity(with_kernel(kernel, lengths), qkv, lengths, yardstick=yardstick(kernel))
 
     def test_views_of_a_fused_projection(
         self, kernel: Kernel, dtype: torch.dtype, lengths: list[int]
     ) -> None:
         qkv = fused(*packed(lengths, 16, 80, dtype, requires_grad=True))
-        assert_parity(with_kernel(kernel, lengths), qkv, lengths)
+        assert_parity(with_kernel(kernel, lengths), qkv, lengths, yardstick=yardstick(kernel))
 
     def test_causal(self, kernel: Kernel, dtype: torch.dtype, lengths: list[int]) -> None:
         qkv = packed(lengths, 16, 80, dtype, requires_grad=True)
@@ -257,12 +265,15 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.parametrize("judge", [plain, plain_masked], ids=lambda judge: judge.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=label)
 @pytest.mark.parametrize("mutation, complaint", MUTATIONS.items(), ids=lambda x: getattr(x, "__name__", ""))
-def test_mutations_are_caught(mutation: Attend, complaint: str, dtype: torch.dtype) -> None:
+def test_mutations_are_caught(
+    mutation: Attend, complaint: str, dtype: torch.dtype, judge: Callable[..., Tensor]
+) -> None:
     qkv = packed(RAGGED, 2, 80, dtype, requires_grad=True)
     with pytest.raises(AssertionError, match=complaint):
-        assert_parity(mutation, qkv, RAGGED)
+        assert_parity(mutation, qkv, RAGGED, yardstick=judge)
 
 
 def test_a_slip_into_float32_is_caught() -> None:

@@ -7,7 +7,7 @@ from functools import cache
 
 from packaging.version import Version
 
-TESTED = ("4.51.3", "4.53.3", "4.57.6", "5.5.4", "5.17.0", "5.23.0")
+TESTED = ("4.51.3", "4.53.3", "4.57.6", "5.5.4", "5.17.0", "5.24.0")
 """Oldest first. Each has a file in `constraints/` with everything else that it was tested with."""
 
 OLDEST, NEWEST = TESTED[0], TESTED[-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -150,6 +152,10 @@ def test_separate_projections() -> None:
 
 def test_adapters_of_transformers_itself(tmp_path: Path) -> None:
     """`model.add_adapter` and `load_adapter`, without a PeftModel around the model."""
+    wanted = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(wanted):
+        # transformers 5.24 asks for 0.22 before there is one.
+        pytest.skip(f"this transformers refuses peft {peft.__version__}: it wants {wanted}")
     config = peft.LoraConfig(r=4, target_modules=r".*attn\.(qkv|proj)", init_lora_weights=False)
     models = [whole_model(), whole_model()]
     swap_attention(models[1])

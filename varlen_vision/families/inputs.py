@@ -83,4 +83,6 @@ def muse_windows(config: Any) -> WindowLayout:
 
 def paddleocr_vl(config: Any) -> Inputs:
     """PaddleOCR-VL merges in its projector."""
-    return (Positions(1), Interpolation(config.image_size // config.patch_size))
+    # Corners were aligned up to transformers 5.17.
+    aligned = Version(transformers.__version__) < Version("5.18")
+    return (Positions(1), Interpolation(config.image_size // config.patch_size, align_corners=aligned))

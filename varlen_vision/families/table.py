@@ -1,4 +1,4 @@
-"""The families that come with the library: every packed tower of transformers 4.51 to 5.23."""
+"""The families that come with the library: every packed tower of transformers 4.51 to 5.24."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ BUILT_IN = (
         inputs=inputs.positions_and_windows,
     ),
     _sized(_common("hunyuan_vl", "HunYuan-VL", "HunYuanVL", "VisionTransformer", plan=no_inputs)),
+    _sized(_common("hy_v4_vl", "Hy4-VL", "HYV4VL", plan=no_inputs)),
     _by_segment("inkling2", "Inkling 2", "Inkling2"),
     _common("kimi_k25", "Kimi-K2.5", "Kimi_K25", layouts=clips, plan=inputs.kimi_k25),
     _sized(_common("lfm3_vl", "LFM3-VL", "Lfm3Vl")),

@@ -201,6 +201,13 @@ TOWERS: tuple[Tower, ...] = (
         images=IMAGES,
     ),
     Tower(
+        name="hy_v4_vl",
+        tower="HYV4VLVisionModel",
+        attention="HYV4VLVisionAttention",
+        config="HYV4VLVisionConfig",
+        settings=_by_layers(96, max_image_size=128, out_hidden_size=64),
+    ),
+    Tower(
         name="inkling2",
         tower="Inkling2VisionModel",
         attention="Inkling2VisionAttention",
