@@ -203,6 +203,7 @@ REFUSED = {
     "cosmos3_edge": "expected 99 merged tokens",
     "ernie4_5_vl_moe": "expected 99 merged tokens",
     "hunyuan_vl": "merged tokens",
+    "hy_v4_vl": "merged tokens",
     "inkling2": "image_grid_thw",
     "lfm3_vl": "expected 99 merged tokens",
     "minicpm_ocr": "target_sizes",

@@ -5,10 +5,10 @@ Where a scalar is set in the code of a tower and not in its config, it stands he
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from math import isqrt
 from typing import Any
 
-import transformers
 from packaging.version import Version
 
 from varlen_vision.plan import (
@@ -24,6 +24,10 @@ from varlen_vision.plan import (
 )
 
 Inputs = tuple[TowerInput, ...]
+
+
+def _release() -> Version:
+    return Version(version("transformers"))  # not imported for a number
 
 
 def nothing(config: Any) -> Inputs:
@@ -67,7 +71,7 @@ def minimax_m3_vl(config: Any) -> Inputs:
 
 def muse_glimmer(config: Any) -> Inputs:
     """Up to transformers 5.23 its table was read with height and width in order."""
-    return muse(config, transposed=Version(transformers.__version__) >= Version("5.24"))
+    return muse(config, transposed=_release() >= Version("5.24"))
 
 
 def muse(config: Any, transposed: bool = True) -> Inputs:
@@ -84,5 +88,5 @@ def muse_windows(config: Any) -> WindowLayout:
 def paddleocr_vl(config: Any) -> Inputs:
     """PaddleOCR-VL merges in its projector."""
     # Corners were aligned up to transformers 5.17.
-    aligned = Version(transformers.__version__) < Version("5.18")
+    aligned = _release() < Version("5.18")
     return (Positions(1), Interpolation(config.image_size // config.patch_size, align_corners=aligned))
