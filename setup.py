@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-TEST = ["hypothesis", "pytest", "pytest-xdist", "scikit-image"]
+TEST = ["hypothesis", "psutil", "pytest", "pytest-xdist", "scikit-image"]
 
 setup(
     name="varlen_vision",

@@ -17,6 +17,7 @@ from varlen_vision.batching import batches
 from varlen_vision.errors import EncodeError, ImageError
 from varlen_vision.families import family_of_tower
 from varlen_vision.images import ImageLike, open_image
+from varlen_vision.patch_shape import channels, frames_per_patch
 from varlen_vision.placement import placement
 from varlen_vision.plan import Grid
 from varlen_vision.scopes import scope_of
@@ -139,21 +140,14 @@ def _patches(features: Any, image_processor: Any) -> tuple[Tensor, Grid]:
 def _check_width(patches: Tensor, tower: nn.Module, image_processor: Any) -> None:
     """Raise unless a patch has as many values as the tower takes; else it would be taken for several."""
     config: Any = tower.config
-    frames = _setting(config, "temporal_patch_size", "patch_temporal", default=1)
-    channels = _setting(config, "in_channels", "in_chans", "num_channels", default=3)
-    expected = channels * frames * config.patch_size**2
+    frames = frames_per_patch(config)
+    expected = channels(config) * frames * config.patch_size**2
     if patches[0].numel() != expected:
         raise EncodeError(
             f"{type(image_processor).__name__} gives patches of {patches[0].numel()} values; "
-            f"{type(tower).__name__} takes {expected} ({channels} channels, {frames} frames, "
+            f"{type(tower).__name__} takes {expected} ({channels(config)} channels, {frames} frames, "
             f"{config.patch_size} x {config.patch_size} pixels). Pass the processor of the same checkpoint"
         )
-
-
-def _setting(config: Any, *names: str, default: int) -> int:
-    """The first of the settings that the config has."""
-    found = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-    return int(found[0]) if found else default
 
 
 @torch.inference_mode()

@@ -16,22 +16,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Pre
 from varlen_vision.errors import LoadError
 from varlen_vision.families import FAMILIES
 from varlen_vision.kernels.table import KERNELS, check_kernel
+from varlen_vision.shards import FILE_LOCATION
 from varlen_vision.swap import swap_attention
 from varlen_vision.versions import warn_if_untested
 from varlen_vision.vision_only import load_tower
 
 # What AutoConfig needs to find the same files as from_pretrained will.
-_LOCATION = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+_LOCATION = (*FILE_LOCATION, "code_revision", "trust_remote_code")
 
 
 def load_model(

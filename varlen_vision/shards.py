@@ -19,7 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 from varlen_vision.errors import LoadError
 
 # What says where a file is, and is passed on to transformers as it came.
-_FILE_LOCATION = (
+FILE_LOCATION = (
     "cache_dir",
     "force_download",
     "local_files_only",
@@ -82,7 +82,7 @@ def open_shards(
         LoadError: no safetensors file there, or it is damaged.
     """
     name = os.fspath(name_or_path)
-    where = {key: location[key] for key in _FILE_LOCATION if location.get(key) is not None}
+    where = {key: location[key] for key in FILE_LOCATION if location.get(key) is not None}
     fetch = partial(cached_file, name, **where, _raise_exceptions_for_missing_entries=False)
     # The revision by its hash, where there is one: the files fit together, whatever is pushed meanwhile.
     if (commit := extract_commit_hash(_fetched(name, CONFIG_NAME, fetch), None)) is not None:

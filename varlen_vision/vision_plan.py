@@ -121,14 +121,14 @@ class VisionPlan:
 
     @cached_property
     def window_inverse(self) -> Tensor | None:
-        """(T / merge_size**2,) int64 on the CPU: where each merge unit went in `window_index`.
+        """(T / merge_size**2,) int64: where each merge unit went in `window_index`.
 
         None where the tower has no windows.
         """
         if "window_index" not in self.tensors:
             return None
-        index = self.tensors["window_index"].cpu()
-        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index)))
+        index = self.tensors["window_index"]
+        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
     def to(self, device: torch.device | str) -> VisionPlan:
         """The plan with its tensors on `device`: one copy, for which the host does not wait."""
@@ -197,8 +197,9 @@ class VisionPlan:
     def check_patches(self, pixel_values: Tensor) -> None:
         """Raise PlanError where `pixel_values` cannot hold as many patches as the grids say."""
         shape = tuple(pixel_values.shape)
-        counts = shape[1:2] if shape[:1] == (1,) and len(shape) > 2 else shape[:1]
-        if self.patches not in (*counts, *shape[:1]):
+        # Some towers take the patches behind a batch dimension of one.
+        counts = shape[:2] if shape[:1] == (1,) and len(shape) > 2 else shape[:1]
+        if self.patches not in counts:
             raise PlanError(
                 f"grid_thw describes {self.patches} patches in {len(self.grids)} images, grids "
                 f"{_few(self.grids)}, but pixel_values has shape {shape}; both must come from the same call "

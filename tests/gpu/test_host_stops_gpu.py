@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.towers import CHECKPOINTS
 from varlen_vision import VisionPlan, keep_grids_on_host, swap_attention
-from varlen_vision.compare.profiling import FORWARD, count, recorded_events, warm_up
+from varlen_vision.compare.profiling import profile_forward, warm_up
 from varlen_vision.compare.stops import TOWERS
 from varlen_vision.plan import clear_plan_cache
 from varlen_vision.scopes import scope_of
@@ -32,14 +32,15 @@ CUDA = torch.device("cuda")
 @cache
 def real(name: str) -> tuple[zoo.Tower, nn.Module]:
     """The released tower with random weights, swapped."""
+    if find_spec("transformers.vision_utils") is None:
+        pytest.skip("this release of transformers takes nothing that was planned")
     tower = real_tower(name, PIXELS)
     if zoo.missing(tower) is not None:
         pytest.skip(f"the installed transformers lacks it: {zoo.missing(tower)}")
     model = zoo.build(tower, torch.bfloat16, CUDA)
     swap_attention(model)
     scope = scope_of(model)
-    if scope is None or scope.accepted is None:
-        pytest.skip("this release of transformers takes nothing that was planned")
+    assert scope is not None and scope.accepted is not None
     return tower, model
 
 
@@ -97,12 +98,7 @@ def test_the_profiler_counts_none(name: str) -> None:
     warm_up(CUDA)
     with torch.no_grad():
         model(**arguments)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            with record_function(FORWARD):
-                model(**arguments)
-            torch.cuda.synchronize()
-    activity = count(recorded_events(profiler), on_gpu=True)
+        activity, _ = profile_forward(lambda: model(**arguments), CUDA, None)
     assert (activity.copies_to_host, activity.synchronisations) == (0, 0)
 
 
@@ -112,12 +108,8 @@ def test_grids_on_the_gpu_cost_one_copy(name: str) -> None:
     arguments = zoo.inputs(tower, model)
     with torch.no_grad():
         model(**arguments)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            with record_function(FORWARD):
-                model(**arguments)
-            torch.cuda.synchronize()
-    assert count(recorded_events(profiler), on_gpu=True).copies_to_host == 1
+        activity, _ = profile_forward(lambda: model(**arguments), CUDA, None)
+    assert activity.copies_to_host == 1
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -136,6 +128,16 @@ def test_the_plan_is_the_same_on_the_gpu(name: str) -> None:
                 assert torch.equal(one, other.cpu()), keyword
             else:
                 assert one == other
+
+
+def test_the_inverse_of_windows_costs_no_stop() -> None:
+    tower, model = real("qwen2_5_vl")
+    grid = inputs(tower, model)["grid_thw"]
+    here, there = (VisionPlan.from_grid(grid, model, device=device) for device in ("cpu", "cuda"))
+    with no_stop():
+        inverse = there.window_inverse
+    assert here.window_inverse is not None and inverse is not None and inverse.is_cuda
+    assert torch.equal(inverse.cpu(), here.window_inverse)
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from importlib.util import find_spec
 from shutil import which
 from typing import Any
 
@@ -17,15 +18,20 @@ from tests.surroundings.same import (
     MANY_SIZES,
     assert_same,
     assert_same_gradients,
+    batch,
     gradients,
     logits,
     run,
     tower,
+    tower_of,
     whole_model,
 )
 from varlen_vision import restore_attention, swap_attention
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import SegmentError
+from varlen_vision.families.recipe import recipe_of
+from varlen_vision.scopes import scope_of
+from varlen_vision.testing import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +128,25 @@ def test_a_whole_model_compiles_with_graph_breaks() -> None:
     swap_attention(model)
     compiled: Any = torch.compile(model, backend="eager")
     assert_same(logits(compiled), expected)
+
+
+@pytest.mark.skipif(
+    find_spec("transformers.vision_utils") is None,
+    reason="this release of transformers takes nothing planned",
+)
+def test_a_tower_compiled_as_a_whole_is_observed_and_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varlen_vision.scopes.tower._CONFIRMED", {})
+    original, swapped = tower(), tower()
+    swap_attention(swapped)
+    compiled: Any = torch.compile(swapped, backend="eager", dynamic=True)
+    scope = scope_of(swapped)
+    assert scope is not None and scope.recipe is None
+    with torch.no_grad():
+        for index, images in enumerate([*[MANY_SIZES[0]] * 3, *MANY_SIZES[1:4]]):
+            torch._dynamo.config.error_on_recompile = index == 2  # the keywords came with the second
+            output = compiled(**batch("qwen2_5_vl", swapped, images))
+            assert_same(zoo.output(tower_of("qwen2_5_vl"), output), run("qwen2_5_vl", original, images))
+            assert scope.recipe == recipe_of(swapped)
 
 
 def test_restoring_after_compiling() -> None:

@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -85,9 +85,7 @@ def compare_family(
     rows = []
     model: Any = None
     for workload, pixels in workloads.items():
-        tower = real_tower(name, pixels)
-        if tiny:
-            tower = replace(tower, settings=next(t for t in zoo.TOWERS if t.name == name).settings)
+        tower = real_tower(name, pixels, tiny=tiny)
         if model is None:
             model = zoo.build(tower, dtype, device)
         inputs = zoo.inputs(tower, model)

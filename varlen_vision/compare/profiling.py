@@ -50,14 +50,22 @@ def profile_forward(
     Returns:
         The counts, and the peak of tensor memory in bytes beyond what was in use before.
     """
+    events, peak = record_forward(forward, device, blocks)
+    return count(events, on_gpu=device.type == "cuda"), peak
+
+
+def record_forward(
+    forward: Callable[[], object], device: torch.device, blocks: Sequence[nn.Module] | None
+) -> tuple[list[Event], int]:
+    """As `profile_forward`, with all that was recorded in place of the counts."""
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             peak = cuda_peak(device, lambda: _marked(forward, blocks))
-        return count(recorded_events(profiler), on_gpu=True), peak
+        return _recorded(profiler), peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _marked(forward, None)
-    events = recorded_events(profiler)
-    return count(events, on_gpu=False), peak_bytes(events)
+    events = _recorded(profiler)
+    return events, peak_bytes(events)
 
 
 def warm_up(device: torch.device) -> None:
@@ -155,7 +163,7 @@ def cuda_peak(device: torch.device, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def recorded_events(profiler: profile) -> list[Event]:
+def _recorded(profiler: profile) -> list[Event]:
     """What a finished profiler recorded."""
     inner = profiler.profiler
     if inner is None or inner.kineto_results is None:

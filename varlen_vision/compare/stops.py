@@ -6,17 +6,16 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from varlen_vision.compare.families import WORKLOADS
-from varlen_vision.compare.profiling import FORWARD, Event, count, recorded_events
+from varlen_vision.compare.profiling import Event, count, record_forward
 from varlen_vision.families.recipe import recipe_of
 from varlen_vision.plan import Recipe, clear_plan_cache
 from varlen_vision.scopes.observe import observing
@@ -86,9 +85,7 @@ def measure(name: str, device: torch.device, *, tiny: bool = False) -> tuple[lis
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = None
     for workload, pixels in {**WORKLOADS, "one 448x448": ((448, 448),)}.items():
-        tower = real_tower(name, pixels)
-        if tiny:
-            tower = replace(tower, settings=next(t for t in zoo.TOWERS if t.name == name).settings)
+        tower = real_tower(name, pixels, tiny=tiny)
         if model is None:
             model = zoo.build(tower, dtype, device)
         inputs = zoo.inputs(tower, model)
@@ -102,6 +99,7 @@ def measure(name: str, device: torch.device, *, tiny: bool = False) -> tuple[lis
 
 @torch.no_grad()
 def _paths(name: str, workload: str, model: Any, inputs: dict[str, Any]) -> list[Stops]:
+    """transformers' sdpa and the first of its flash paths that can run here, if any; then varlen."""
     on_host = {**inputs, "grid_thw": inputs["grid_thw"].cpu()}
     rows = [_count(name, workload, "sdpa", model, inputs)]
     for flash in FLASH:
@@ -132,11 +130,7 @@ def _count(name: str, workload: str, path: str, model: nn.Module, inputs: dict[s
         forward()
         host.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        with record_function(FORWARD):
-            forward()
-        torch.cuda.synchronize()
-    events = recorded_events(profiler)
+    events, _ = record_forward(forward, next(model.parameters()).device, None)
     activity = count(events, on_gpu=True)
     span, idle, gap = pauses(events)
     return Stops(
@@ -217,6 +211,14 @@ def _microseconds(work: Callable[[int], object], device: torch.device, repeats: 
     return 1e6 * statistics.median(took)
 
 
+def without_flash(counted: Iterable[Stops]) -> list[str]:
+    """The towers of which no flash path of transformers was counted, since none could run."""
+    paths: dict[str, set[str]] = {}
+    for row in counted:
+        paths.setdefault(row.tower, set()).add(row.path)
+    return [tower for tower, ran in paths.items() if ran.isdisjoint(FLASH)]
+
+
 def tables(counted: list[Stops], planned: list[PlanTime]) -> list[Table]:
     """The results, for people."""
     stops = Table(title="host stops in the tower, from pixels on the device to merged tokens")
@@ -232,6 +234,10 @@ def tables(counted: list[Stops], planned: list[PlanTime]) -> list[Table]:
             *(str(n) for n in (row.copies_to_host, row.synchronisations, row.launches)),
             *(f"{n:.2f}" for n in (row.host_ms, row.span_ms, row.idle_ms)),
             f"{row.largest_gap_us:.0f}",
+        )
+    if without := without_flash(counted):
+        stops.caption = (
+            f"no row of a flash path: {', '.join(without)} (none of {', '.join(FLASH)} can run here)"
         )
     times = Table(title="host time of what follows from the grids, us")
     for column in ("tower", "workload"):

@@ -30,11 +30,6 @@ def _release() -> Version:
     return Version(version("transformers"))  # not imported for a number
 
 
-def nothing(config: Any) -> Inputs:
-    """Segments are all that it needs, or all that is planned for it."""
-    return ()
-
-
 def positions(config: Any) -> Inputs:
     """RoPE by row and column."""
     return (Positions(config.spatial_merge_size),)

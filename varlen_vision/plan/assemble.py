@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def assemble(
         grids: checked.
         pinned: take page-locked memory, from which a copy to a GPU does not make the host wait.
     """
-    parts = [PARTS.get((recipe, grid), lambda grid=grid: _part(recipe, grid)) for grid in grids]  # type: ignore[misc]
+    parts = [PARTS.get((recipe, grid), partial(_part, recipe, grid)) for grid in grids]
     first, count = parts[0], len(parts)
     cuts = [
         first.cuts[index] if count == 1 else np.concatenate([part.cuts[index] for part in parts])

@@ -114,13 +114,15 @@ def current_observation() -> Observation | None:
 
 
 def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.compiler.disable  # in a compiled tower each function would be one more graph of this one
     def watched(grids: Any, *arguments: Any, kwargs: Any = None, **keywords: Any) -> Any:
         observation = current_observation()
         if observation is not None and isinstance(grids, Tensor) and grids.ndim == 2:
             observation.add(name, function, grids, (arguments, keywords))
         return function(grids, *arguments, kwargs=kwargs, **keywords)
 
-    return watched
+    eager: Callable[..., Any] = watched
+    return eager
 
 
 @contextmanager

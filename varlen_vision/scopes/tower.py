@@ -68,6 +68,7 @@ class TowerScope:
         """Undo all that the constructor did."""
         for handle in self.handles:
             handle.remove()
+        _end_stale()
         self.tower.__dict__.pop(_KEY, None)
         self.tower.__dict__.pop(_MASK_METHOD, None)
 
@@ -123,7 +124,8 @@ class TowerScope:
 
     def _observe(self, grid_thw: Tensor) -> None:
         """Write down what this forward works out, unless that was done and nothing of it can be planned."""
-        if (type(self.tower), self.accepted) not in _CONFIRMED and not torch.compiler.is_compiling():
+        _end_stale()
+        if (type(self.tower), self.accepted) not in _CONFIRMED:
             Observation(home_of(self.tower), grid_thw, self).begin()
 
     def _confirm(self, finished: bool) -> None:
@@ -132,8 +134,8 @@ class TowerScope:
         if observation is None or observation.owner is not self or self.accepted is None:
             return
         steps = observation.end()
-        if not finished:
-            return  # a forward that failed shows nothing
+        if not finished or not steps:
+            return  # a forward that failed, or of which nothing was seen, shows nothing
         recipe, wrong = confirmed(self.accepted, steps)
         _CONFIRMED[type(self.tower), self.accepted] = recipe
         if wrong:
@@ -161,7 +163,8 @@ class TowerScope:
         if grid_thw.device != wanted:
             moved = plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)
             args, kwargs = self._replaced(args, kwargs, grid_thw=moved)
-        return args, {**planned, **{name: value for name, value in kwargs.items() if value is not None}}
+        missing = {name: value for name, value in planned.items() if kwargs.get(name) is None}
+        return args, {**kwargs, **missing}
 
     def _why_no_plan(self, plan: VisionPlan, grid_thw: Any, segments_given: bool) -> str:
         name = type(self.tower).__name__
@@ -178,6 +181,13 @@ class TowerScope:
     def _end(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._confirm(finished=output is not None)
         self.reader.end_forward()
+
+
+def _end_stale() -> None:
+    """End the observation of a forward that a KeyboardInterrupt ended: torch runs no hook after it."""
+    stale = current_observation()
+    if stale is not None and isinstance(stale.owner, TowerScope):
+        stale.end()
 
 
 def _without_attentions(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from varlen_vision.patch_shape import channels, frames_per_patch
+
 Inputs = dict[str, Any]
 Size = tuple[int, ...]
 
@@ -64,8 +66,7 @@ Batch = Callable[[nn.Module, Sequence[Image]], Inputs]
 def rows(model: nn.Module, images: Sequence[Image]) -> Inputs:
     """Patches (T, C * t * p * p), and grid_thw (n, 3)."""
     config: Any = model.config
-    width = _setting(config, "temporal_patch_size", "patch_temporal", default=1) * config.patch_size**2
-    width *= _channels(config)
+    width = channels(config) * frames_per_patch(config) * config.patch_size**2
     patches = torch.cat([image.pixels(model, image.patches, width) for image in images])
     return {_first_name(model): patches, **_grid(model, images)}
 
@@ -73,7 +74,7 @@ def rows(model: nn.Module, images: Sequence[Image]) -> Inputs:
 def squares(model: nn.Module, images: Sequence[Image]) -> Inputs:
     """Patches (T, C, p, p), and grid_thw (n, 3)."""
     config: Any = model.config
-    shape = (_channels(config), config.patch_size, config.patch_size)
+    shape = (channels(config), config.patch_size, config.patch_size)
     patches = torch.cat([image.pixels(model, image.patches, *shape) for image in images])
     return {_first_name(model): patches, **_grid(model, images)}
 
@@ -101,7 +102,7 @@ def merge_units(model: nn.Module, images: Sequence[Image]) -> Inputs:
     """Squares of m * m patches (T / m**2, m * p, m * p, C), and image_grid_thw (n, 3) counting them."""
     config: Any = model.config
     merge = config.spatial_merge_size
-    shape = (merge * config.patch_size, merge * config.patch_size, _channels(config))
+    shape = (merge * config.patch_size, merge * config.patch_size, channels(config))
     units = [image.pixels(model, image.patches // merge**2, *shape) for image in images]
     grid = [(frames, height // merge, width // merge) for frames, height, width in (i.size for i in images)]
     return {"pixel_values": torch.cat(units), "image_grid_thw": _integers(model, grid)}
@@ -111,7 +112,7 @@ def strip(model: nn.Module, images: Sequence[Image]) -> Inputs:
     """Patches side by side in one image (1, C, p, T * p), and target_sizes (n, 2)."""
     config: Any = model.config
     side = config.patch_size
-    pixels = [image.pixels(model, 1, _channels(config), side, image.patches * side) for image in images]
+    pixels = [image.pixels(model, 1, channels(config), side, image.patches * side) for image in images]
     sizes = _integers(model, [image.size[1:] for image in images])
     inputs: Inputs = {"pixel_values": torch.cat(pixels, -1), "target_sizes": sizes}
     # In transformers 5.17 the merger between the layers takes images of one size only, and can be left out.
@@ -142,7 +143,7 @@ def padded(model: nn.Module, images: Sequence[Image]) -> Inputs:
     sizes = [(height * config.patch_size, width * config.patch_size) for _, height, width in _sizes(images)]
     highest, widest = (max(sides) for sides in zip(*sizes, strict=True))
     pixels = [
-        pad(image.pixels(model, _channels(config), h, w), (0, widest - w, 0, highest - h))
+        pad(image.pixels(model, channels(config), h, w), (0, widest - w, 0, highest - h))
         for image, (h, w) in zip(images, sizes, strict=True)
     ]
     return {"pixel_values": torch.stack(pixels), "image_sizes": _integers(model, sizes)}
@@ -200,13 +201,3 @@ def _names(model: nn.Module) -> list[str]:
 
 def _first_name(model: nn.Module) -> str:
     return _names(model)[0]
-
-
-def _channels(config: Any) -> int:
-    return _setting(config, "in_channels", "num_channels", "in_chans", default=3)
-
-
-def _setting(config: Any, *names: str, default: int) -> int:
-    """The first of the settings that the config has."""
-    found = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-    return int(found[0]) if found else default

@@ -88,16 +88,18 @@ REAL: dict[str, Real] = {
 }
 
 
-def real_tower(name: str, pixels: tuple[tuple[int, int], ...]) -> Tower:
+def real_tower(name: str, pixels: tuple[tuple[int, int], ...], *, tiny: bool = False) -> Tower:
     """The zoo's tower of `name` at released size.
 
     Args:
         name: a key of REAL.
         pixels: width and height of the images of its batch; each side is rounded to whole merge units.
+        tiny: with the zoo's own dimensions, to try a measurement on batches of released size.
     """
     real = REAL[name]
     tower = next(tower for tower in TOWERS if tower.name == name)
-    return replace(tower, settings=real.settings, images=tuple(_patches(size, real) for size in pixels))
+    settings = tower.settings if tiny else real.settings
+    return replace(tower, settings=settings, images=tuple(_patches(size, real) for size in pixels))
 
 
 def _patches(size: tuple[int, int], real: Real) -> Size:
