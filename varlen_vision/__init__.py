@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from varlen_vision.loading import load_model
     from varlen_vision.plan import set_plan_cache
     from varlen_vision.swap import attention_report, restore_attention, swap_attention
+    from varlen_vision.tower import optimize_vision, restore_vision
     from varlen_vision.vision_plan import VisionPlan
 
 __version__ = "0.1.0"
@@ -26,8 +27,10 @@ __all__ = [
     "flash_attn_varlen_func",
     "keep_grids_on_host",
     "load_model",
+    "optimize_vision",
     "register_family",
     "restore_attention",
+    "restore_vision",
     "set_plan_cache",
     "supported_families",
     "swap_attention",
@@ -44,8 +47,10 @@ _HOMES = {
     "flash_attn_varlen_func": "kernels",
     "keep_grids_on_host": "host_grids",
     "load_model": "loading",
+    "optimize_vision": "tower",
     "register_family": "families",
     "restore_attention": "swap",
+    "restore_vision": "tower",
     "set_plan_cache": "plan",
     "supported_families": "families",
     "swap_attention": "swap",

@@ -20,7 +20,11 @@ class SwapError(VarlenVisionError, RuntimeError):
 
 
 class ParityError(SwapError):
-    """A swapped module differs from the original by more than the error budget. Nothing was swapped."""
+    """A swapped module differs from the original by more than the error budget. Nothing was changed."""
+
+
+class OptimizeError(VarlenVisionError, RuntimeError):
+    """A vision tower could not be optimised, or given back. The model is as it was before the call."""
 
 
 class LoadError(VarlenVisionError, ValueError):

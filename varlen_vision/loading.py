@@ -18,6 +18,7 @@ from varlen_vision.families import FAMILIES
 from varlen_vision.kernels.table import KERNELS, check_kernel
 from varlen_vision.shards import FILE_LOCATION
 from varlen_vision.swap import swap_attention
+from varlen_vision.tower import MODES, optimize_vision
 from varlen_vision.versions import warn_if_untested
 from varlen_vision.vision_only import load_tower
 
@@ -33,6 +34,7 @@ def load_model(
     mask_build: str | None = None,
     verify: bool = True,
     vision_only: bool = False,
+    optimize: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Load a vision-language model, or a vision tower on its own, with `attn` in its vision blocks.
@@ -48,6 +50,8 @@ def load_model(
         verify: check each swapped block beside the original (see swap_attention).
         vision_only: of a whole model's checkpoint load the vision tower alone. Only its weights are read, and
             from the hub only the files that hold them are fetched; they must be safetensors files.
+        optimize: with 'varlen', make the rest of the vision tower faster too: 'products' or 'compile' (see
+            optimize_vision).
         from_pretrained_kwargs: passed to `from_pretrained`: dtype, device_map, revision,
             quantization_config, trust_remote_code and so on. `attn_implementation` is for the text part.
 
@@ -60,8 +64,10 @@ def load_model(
         LoadError: nothing loadable there, no vision part, or arguments that contradict each other; with
             `vision_only` also no safetensors files, or stored weights that are not those of the tower.
         SwapError, KernelError, ParityError: see swap_attention.
+        OptimizeError: see optimize_vision.
     """
     options = _check_arguments(attn, kernel, mask_build)
+    _check_optimize(optimize, attn)
     warn_if_untested(transformers.__version__)
     kwargs = _spell_dtype(dict(from_pretrained_kwargs))
     config = _config(name_or_path, kwargs)
@@ -78,6 +84,8 @@ def load_model(
     if options:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         swap_attention(model, verify=verify, **options)
+        if optimize is not None:
+            optimize_vision(model, optimize, verify=verify)
     return loaded
 
 
@@ -98,6 +106,13 @@ def _check_arguments(attn: str, kernel: str, mask_build: str | None) -> dict[str
     if attn not in known and "/" not in attn:  # with a slash: a kernel repository on the hub
         raise LoadError(f"unknown attn {attn!r}; known: varlen, sdpa_mask, {', '.join(known)}")
     return {}
+
+
+def _check_optimize(optimize: str | None, attn: str) -> None:
+    if optimize is not None and optimize not in MODES:
+        raise LoadError(f"unknown optimize {optimize!r}; known: {', '.join(MODES)}, or None")
+    if optimize is not None and attn != "varlen":
+        raise LoadError(f"optimize={optimize!r} goes with attn='varlen'; attn is {attn!r}")
 
 
 def _transformers_names() -> list[str]:

@@ -35,10 +35,29 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """One part of the fast tower.
+
+    Attributes:
+        part: such as 'aligned MLP'.
+        count: in how many blocks.
+        how: what was done, or why not.
+    """
+
+    part: str
+    count: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.part} in {self.count} blocks: {self.how}" if self.count else f"{self.part}: {self.how}"
+
+
+@dataclass(frozen=True)
 class AttentionReport:
-    """All vision blocks of a model; print it for a table."""
+    """All vision blocks of a model, and the parts of its fast tower; print it for a table."""
 
     blocks: tuple[BlockReport, ...]
+    parts: tuple[PartReport, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -50,7 +69,11 @@ class AttentionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {"summary": self.summary, "blocks": [asdict(block) for block in self.blocks]}
+        return {
+            "summary": self.summary,
+            "blocks": [asdict(block) for block in self.blocks],
+            "parts": [asdict(part) for part in self.parts],
+        }
 
     def __rich__(self) -> Table:
         table = Table(title=self.summary, title_justify="left")
@@ -60,6 +83,9 @@ class AttentionReport:
             checked = "-" if block.error is None else f"{block.error.overall:.1e}"
             allowed = "" if block.budget is None else f" ({block.budget.overall:.1e})"
             table.add_row(block.name, block.original, block.kernel, block.why, checked + allowed)
+        if self.parts:
+            table.caption = "\n".join(map(str, self.parts))
+            table.caption_justify = "left"
         return table
 
     def __str__(self) -> str:

@@ -33,6 +33,7 @@ from varlen_vision.placement import placement, why_unusable
 from varlen_vision.report import AttentionReport, BlockReport
 from varlen_vision.scopes import TowerScope, open_scope, scope_of
 from varlen_vision.segments import SegmentReader
+from varlen_vision.tower import part_reports
 from varlen_vision.verify import CannotRun, Verdict, verify_block
 from varlen_vision.versions import warn_if_untested
 
@@ -149,9 +150,13 @@ def restore_attention(model: nn.Module) -> int:
         The number of modules given back.
 
     Raises:
-        SwapError: no attention of `model` is swapped.
+        SwapError: no attention of `model` is swapped, or its tower is optimised.
     """
     swapped = list(_swapped(model))
+    if part_reports(model):
+        raise SwapError(
+            "the vision tower is optimised for swapped attention; call restore_vision(model) first"
+        )
     if not swapped:
         raise SwapError("no attention of this model is swapped; there is nothing to restore")
     for parent, attribute, block in swapped:
@@ -184,7 +189,7 @@ def attention_report(model: nn.Module) -> AttentionReport:
             rows.append(BlockReport(name, "-", type(module).__name__, "original", why))
     if not rows:
         raise SwapError(_nothing_found(model))
-    return AttentionReport(tuple(rows))
+    return AttentionReport(tuple(rows), part_reports(model))
 
 
 def _plan(model: nn.Module) -> tuple[list[_Site], list[_Refusal]]:
