@@ -83,6 +83,27 @@ class Segments:
         moved.__dict__.update({**self.__dict__, "cu_seqlens": cu_seqlens})
         return moved
 
+    @classmethod
+    def of_frame(cls, cu_seqlens: Tensor, lengths: Iterable[int], max_seqlen: int) -> Segments:
+        """A cut that stands for others: the values of `cu_seqlens` may become those of another one.
+
+        Only kernels that read them on the device may take it, as in a recorded CUDA graph.
+
+        Args:
+            cu_seqlens: (S + 1,) int32; later cuts have as many segments, and end at the same T.
+            lengths: S integers, of the cut that is there now.
+            max_seqlen: at least the longest segment of any of them.
+        """
+        cut = cls(cu_seqlens, tuple(lengths))
+        check_fit(cut, cut.total, max_seqlen)
+        cut.__dict__.update(max_seqlen=max_seqlen, may_change=True)
+        return cut
+
+    @cached_property
+    def may_change(self) -> bool:
+        """Whether the lengths are not the only ones that `cu_seqlens` will hold (see of_frame)."""
+        return False
+
     @cached_property
     def max_seqlen(self) -> int:
         """Patches in the longest segment."""
@@ -107,6 +128,10 @@ class Segments:
     def offsets(self) -> tuple[int, ...]:
         """S + 1 host integers: the values of `cu_seqlens`."""
         return (0, *accumulate(self.lengths))
+
+    def offsets_now(self) -> tuple[int, ...]:
+        """The same, read anew where `cu_seqlens` may hold those of another cut by now."""
+        return tuple(self.cu_seqlens.tolist()) if self.may_change else self.offsets
 
     def __len__(self) -> int:
         return len(self.lengths)

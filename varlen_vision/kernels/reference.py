@@ -22,7 +22,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
     parts = []
-    bounds = zip(pairwise(call.segments_q.offsets), pairwise(call.segments_k.offsets), strict=True)
+    bounds = zip(
+        pairwise(call.segments_q.offsets_now()), pairwise(call.segments_k.offsets_now()), strict=True
+    )
     for (start_q, end_q), (start_k, end_k) in bounds:
         queries = q[start_q:end_q].to(work)
         keys = k[start_k:end_k].to(work).repeat_interleave(groups, dim=1)

@@ -73,7 +73,9 @@ class AlignedMLP(nn.Module):
         Whatever was done to them since (`.to(dtype)`, LoRA around a layer, a hook) is noticed here.
         """
         layers = [self.get_submodule(name) for name in self.structure.layers]
-        self.why_not = next((reason for layer in layers if (reason := why_not_plain(layer))), None)
+        reasons = map(why_not_plain, layers)
+        named = zip(self.structure.layers, reasons, strict=True)
+        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
         self.ready = self.why_not is None
         if not self.ready:
             self._take(None)

@@ -13,18 +13,23 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from varlen_vision.errors import OptimizeError
-from varlen_vision.placement import why_unusable
+from varlen_vision.placement import placement, why_unusable
 from varlen_vision.report import PartReport
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block, vision_blocks
 from varlen_vision.tower.compiled_blocks import Call, compile_block, compiler, undo_compile, why_not_compiled
+from varlen_vision.tower.graphs import GraphedTower, cuda_recorder, why_not_graphed
 from varlen_vision.tower.mlp import MLPError, describe_mlp, looks_like_mlp
 from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, why_not_product
 from varlen_vision.tower.verify import verify_stand_in
 
 logger = logging.getLogger(__name__)
 
-MODES: dict[str, tuple[str, ...]] = {"products": ("products",), "compile": ("products", "compiled")}
+MODES: dict[str, tuple[str, ...]] = {
+    "products": ("products",),
+    "compile": ("products", "compiled"),
+    "graphs": ("products", "compiled", "graphs"),
+}
 """What each mode puts on, in order."""
 
 _KEY = "_varlen_vision_optimized"
@@ -48,6 +53,7 @@ class _Record:
     stand_ins: list[_StandIn] = field(default_factory=list)
     compiled: list[nn.Module] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    graphed: GraphedTower | None = None
     handle: RemovableHandle | None = None
 
     @torch.compiler.disable
@@ -63,6 +69,9 @@ class _Record:
     def remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
+        if self.graphed is not None:
+            undo_compile(self.graphed.tower)
+            self.graphed.clear()
         for module in self.compiled:
             undo_compile(module)
         for one in self.stand_ins:
@@ -75,11 +84,14 @@ class _Record:
         products = len(self.stand_ins) - len(self.mlps)
         if products:
             yield PartReport("patch product", products, "the patch embedding's convolution as a product")
-        if self.compiled:
-            yield PartReport("compiled block", len(self.compiled), "one graph for all layers and batches")
+        if compiled := sum(module._compiled_call_impl is not None for module in self.compiled):
+            yield PartReport("compiled block", compiled, "one graph for all layers and batches")
+        if self.graphed is not None:
+            counts = ", ".join(f"{count} {what}" for what, count in self.graphed.counts.most_common())
+            yield PartReport("CUDA graphs", len(self.compiled), f"calls so far: {counts or 'none'}")
         waiting = Counter(mlp.why_not for mlp in self.mlps if mlp.why_not)
         for reason, count in waiting.items():
-            yield PartReport("aligned MLP", count, f"set aside: a layer {reason}")
+            yield PartReport("aligned MLP", count, f"set aside: {reason}")
         for (part, reason), count in Counter(self.skipped).items():
             yield PartReport(part, 0, f"skipped in {count} blocks: {reason}")
 
@@ -92,7 +104,9 @@ def optimize_vision(
     Args:
         model: a whole vision-language model, or a tower, its attention swapped (swap_attention, load_model).
         mode: 'products' (the MLP's products merged, and padded to a width that suits the GPU; the patch
-            embedding as a product), or 'compile' (that, and torch.compile for each block, one graph for all).
+            embedding as a product), 'compile' (that, and torch.compile for each block, one graph for all), or
+            'graphs' (that, and CUDA graphs of the whole tower for batches of up to 65,536 patches, recorded
+            on the second batch of a bucket; needs a CUDA GPU).
         backend: of torch.compile.
         verify: run each module that is put in beside its original and compare within the error budget.
 
@@ -120,6 +134,8 @@ def optimize_vision(
             )
         if (reason := why_unusable(tower)) is not None:
             raise OptimizeError(reason)
+        if "graphs" in parts and (device := placement(tower)[0]).type != "cuda":
+            raise OptimizeError(f"{type(tower).__name__} is on {device}; mode {mode!r} needs a CUDA GPU")
     records = {key: _Record(mode) for key in towers}
     found = {key: list(_found(tower, blocks, records[key])) for key, tower in towers.items()}
     if verify:
@@ -133,6 +149,9 @@ def optimize_vision(
             calls = {key: compiler(backend) for key in towers}
             for block in blocks:
                 _compile(block, records[id(block.tower)], calls[id(block.tower)])
+        if "graphs" in parts:
+            for key, tower in towers.items():
+                _graph(records[key], tower)
     except BaseException:
         for key, tower in towers.items():
             records[key].remove()
@@ -218,6 +237,14 @@ def _found(tower: nn.Module, blocks: list[Block], record: _Record) -> Iterator[_
                     yield _StandIn(f"{name}.{attribute}", module, attribute, PatchProduct(child))
                 else:
                     record.skipped.append(("patch product", f"{name}.{attribute} {reason}"))
+
+
+def _graph(record: _Record, tower: nn.Module) -> None:
+    if (reason := why_not_graphed(tower)) is not None:
+        record.skipped.append(("CUDA graphs", reason))
+        return
+    record.graphed = GraphedTower(tower, cuda_recorder(placement(tower)[0]))
+    tower._compiled_call_impl = record.graphed
 
 
 def _compile(block: Block, record: _Record, call: Call) -> None:

@@ -1,0 +1,29 @@
+"""Tiny towers whose MLPs are as wide as no GPU likes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.surroundings.same import tower_of
+from varlen_vision.testing import zoo
+from varlen_vision.testing.weights import fill
+
+WIDTH = 90
+"""Channels between the layers; padded: 96."""
+
+GATED, PLAIN = "qwen2_5_vl", "qwen3_vl"
+
+
+def odd_tower(name: str) -> nn.Module:
+    """A tower of its own, in eval mode and float32."""
+    spec = tower_of(name)
+    if (reason := zoo.missing(spec)) is not None:
+        pytest.skip(reason)
+    settings = {**spec.settings, "intermediate_size": WIDTH}
+    model = zoo.build(replace(spec, settings=settings), torch.float32, torch.device("cpu")).eval()
+    fill(model, seed=0)
+    return model

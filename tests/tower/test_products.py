@@ -1,0 +1,306 @@
+"""Aligned MLPs and the patch product: the same function of the same weights, whatever is done to them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.surroundings.same import (
+    assert_same,
+    assert_same_gradients,
+    gradients,
+    run,
+    whole_model,
+)
+from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower
+from varlen_vision import attention_report, optimize_vision, restore_vision, swap_attention
+from varlen_vision.errors import OptimizeError, ParityError
+from varlen_vision.tower.aligned import AlignedMLP, aligned_width
+from varlen_vision.tower.gated import is_silu, silu_mul
+from varlen_vision.tower.mlp import MLPError, describe_mlp
+from varlen_vision.tower.patches import PatchProduct, why_not_product
+
+
+def mlps(model: nn.Module) -> list[AlignedMLP]:
+    return [module for module in model.modules() if isinstance(module, AlignedMLP)]
+
+
+@pytest.fixture(params=[GATED, PLAIN])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def optimized(name: str) -> nn.Module:
+    model = odd_tower(name)
+    swap_attention(model)
+    optimize_vision(model, "products")
+    assert all(mlp.padded == 96 and mlp.structure.width == WIDTH for mlp in mlps(model))
+    assert len(mlps(model)) == len(model.blocks)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("width", "padded"), [(3420, 3424), (4304, 4304), (1, 32), (32, 32), (8, 8), (33, 64)]
+)
+def test_a_width_that_suits_is_left(width: int, padded: int) -> None:
+    assert aligned_width(width) == padded
+
+
+@torch.no_grad()
+def test_same_output_with_and_without_the_rest(name: str) -> None:
+    """Products alone, on transformers' own attention, and with swapped attention."""
+    model = odd_tower(name)
+    expected = run(name, model)
+    optimize_vision(model, "products")
+    assert_same(run(name, model), expected)
+    restore_vision(model)
+    assert torch.equal(run(name, model), expected)
+    assert_same(run(name, optimized(name)), expected)
+
+
+def test_same_gradients_and_a_training_step(name: str) -> None:
+    """An optimiser's step changes the weights that the products use."""
+    ours, theirs = optimized(name), odd_tower(name)
+    swap_attention(theirs)
+    for model in (ours, theirs):
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+        found = gradients(model, lambda model=model: run(name, model))  # type: ignore[misc]
+        optimiser.step()
+        if model is ours:
+            mine = found
+    assert_same_gradients(mine, found)
+    with torch.no_grad():
+        assert_same(run(name, ours), run(name, theirs))
+
+
+def test_frozen_weights_still_pass_gradients_on(name: str) -> None:
+    ours, theirs = optimized(name), odd_tower(name)
+    swap_attention(theirs)
+    found = []
+    for model in (ours, theirs):
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("patch_embed" in parameter_name)
+        found.append(gradients(model, lambda model=model: run(name, model)))  # type: ignore[misc]
+    assert_same_gradients(*found)
+
+
+def test_the_state_is_that_of_the_original(name: str) -> None:
+    model, plain = optimized(name), odd_tower(name)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+@torch.no_grad()
+def test_loading_other_weights(name: str) -> None:
+    other = odd_tower(name)
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    expected = run(name, other)
+    for assign in (False, True):
+        model = optimized(name)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        assert_same(run(name, model), expected)
+
+
+def test_save_pretrained_writes_the_original_shapes(tmp_path: Path) -> None:
+    model = whole_model()
+    expected = model.state_dict()
+    swap_attention(model)
+    visual = next(module for module in model.modules() if hasattr(module, "blocks"))
+    visual.blocks[0].mlp = _widened(visual.blocks[0].mlp)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    optimize_vision(model, "products")
+    assert mlps(model)[0].padded == 96
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in stored if key.endswith("blocks.0.mlp.down_proj.weight"))
+    ours = next(value for key, value in expected.items() if key.endswith("blocks.0.mlp.down_proj.weight"))
+    assert torch.equal(stored[name], ours)
+    assert stored[name].shape[1] == WIDTH
+
+
+def _widened(mlp: Any) -> Any:
+    """The MLP with odd inner layers in the place of its own."""
+    channels = mlp.gate_proj.in_features
+    mlp.gate_proj, mlp.up_proj = (nn.Linear(channels, WIDTH) for _ in range(2))
+    mlp.down_proj = nn.Linear(WIDTH, channels)
+    return mlp
+
+
+def test_memory_is_that_of_the_padded_weights_alone() -> None:
+    """No second copy: parameters are views of what the products read."""
+    model = optimized(GATED)
+    for mlp in mlps(model):
+        padded = {mlp.rows.untyped_storage().data_ptr(), mlp.columns.untyped_storage().data_ptr()}
+        weights = [mlp.get_submodule(name).weight for name in mlp.structure.layers]
+        assert {weight.untyped_storage().data_ptr() for weight in weights} == padded  # type: ignore[union-attr]
+    restore_vision(model)
+    for parameter in model.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def _to_double_and_back(model: nn.Module) -> nn.Module:
+    return model.double().float()
+
+
+def _deepcopied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+def _data_replaced(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_to_double_and_back, _deepcopied, _saved, _data_replaced])
+def test_weights_that_moved_are_found_again(name: str, change: Callable[[nn.Module], nn.Module]) -> None:
+    model = change(optimized(name))
+    assert_same(run(name, model), run(name, odd_tower(name)))
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    other = odd_tower(name)
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    assert_same(run(name, model), run(name, other))
+
+
+@torch.no_grad()
+def test_a_wrapped_or_hooked_layer_sets_the_product_aside(name: str) -> None:
+    model, plain = optimized(name), odd_tower(name)
+    swap_attention(plain)
+    mlp = mlps(model)[0]
+    attribute = mlp.structure.up
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = 2 * self.inner(x)
+            return result
+
+    for one in (mlp, plain.blocks[0].mlp):  # type: ignore[index, union-attr]
+        setattr(one, attribute, Doubled(getattr(one, attribute)))
+    assert_same(run(name, model), run(name, plain))
+    assert mlp.why_not == f"{attribute} is a Doubled, not a plain Linear"
+    assert any("set aside" in part.how for part in attention_report(model).parts)
+    setattr(mlp, attribute, getattr(mlp, attribute).inner)
+    assert_same(run(name, model), run(name, odd_tower(name)))
+    assert mlp.why_not is None
+    seen: list[int] = []
+    getattr(mlp, attribute).register_forward_hook(lambda *_: seen.append(1))
+    run(name, model)
+    assert seen == [1]
+
+
+def test_what_differs_is_refused_and_nothing_changed() -> None:
+    model = odd_tower(GATED)
+
+    class Other(type(model.blocks[0].mlp)):  # type: ignore[index, union-attr, misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1e-2  # type: ignore[no-any-return]
+
+    model.blocks[1].mlp.__class__ = Other  # type: ignore[index, union-attr]
+    before = list(model.modules())
+    with pytest.raises(ParityError, match=r"blocks\.1\.mlp \(Other\): AlignedMLP differs"):
+        optimize_vision(model, "products")
+    assert list(model.modules()) == before
+    optimize_vision(model, "products", verify=False)
+
+
+def test_an_mlp_of_another_shape_is_left_with_the_reason() -> None:
+    model = odd_tower(GATED)
+    model.blocks[0].mlp.extra = nn.Linear(2, 2)  # type: ignore[index, union-attr]
+    reports = optimize_vision(model, "products")
+    assert len(mlps(model)) == len(model.blocks) - 1  # type: ignore[arg-type]
+    assert any("extra, which the common shape has no place for" in part.how for part in reports)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mlp: delattr(mlp, "act_fn"), "no activation"),
+        (lambda mlp: setattr(mlp, "down_proj", nn.Linear(80, 48)), "inner widths differ: 80, 90"),
+        (lambda mlp: setattr(mlp, "up_proj", nn.Identity()), "up_proj is a Identity"),
+        (lambda mlp: setattr(mlp, "gain", nn.Parameter(torch.ones(1))), "parameters of its own"),
+    ],
+)
+def test_why_a_module_is_no_such_mlp(change: Callable[[Any], None], message: str) -> None:
+    mlp: Any = odd_tower(GATED).blocks[0].mlp  # type: ignore[index, union-attr]
+    change(mlp)
+    with pytest.raises(MLPError, match=message):
+        describe_mlp(mlp)
+
+
+def test_restoring_gives_the_same_objects_back(name: str) -> None:
+    model = odd_tower(name)
+    modules, parameters = list(model.modules()), list(model.parameters())
+    optimize_vision(model, "products")
+    assert any(isinstance(module, PatchProduct) for module in model.modules())
+    assert restore_vision(model) == 1
+    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    with pytest.raises(OptimizeError, match="nothing to restore"):
+        restore_vision(model)
+
+
+@torch.no_grad()
+def test_a_convolution_over_more_than_its_kernel_stays_one() -> None:
+    conv = nn.Conv2d(3, 8, 4, stride=4)
+    product = PatchProduct(conv)
+    for shape in ((5, 3, 4, 4), (2, 3, 8, 12)):
+        x = torch.randn(shape)
+        assert_same(product(x).flatten(1), conv(x).flatten(1))
+        assert product(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.Conv2d(3, 8, 4, stride=2), "overlaps"),
+        (nn.Conv2d(4, 8, 4, stride=4, groups=2), "in groups"),
+        (nn.Conv2d(3, 8, 4, stride=4, padding=1), "is padded"),
+        (nn.Conv2d(3, 8, 4, stride=4, padding="valid"), None),
+        (nn.LazyConv2d(8, 4, stride=4), "is a LazyConv2d"),
+    ],
+)
+def test_which_convolutions_are_products(conv: nn.Module, reason: str | None) -> None:
+    found = why_not_product(conv)
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_silu_mul(dtype: torch.dtype) -> None:
+    inner = torch.randn(7, 2, 26, dtype=dtype, requires_grad=True)
+    expected = nn.functional.silu(inner[..., :13]) * inner[..., 13:]
+    assert torch.equal(silu_mul(inner), expected)
+    assert torch.equal(silu_mul(inner.detach()), expected)
+    torch.library.opcheck(torch.ops.varlen_vision.silu_mul, (inner.detach(),))
+
+
+def test_silu_is_known_by_what_it_computes() -> None:
+    assert is_silu(nn.SiLU()) and is_silu(lambda x: x * torch.sigmoid(x))
+    assert not is_silu(nn.GELU()) and not is_silu(nn.GLU()) and not is_silu(lambda x: None)

@@ -1,0 +1,142 @@
+"""Buckets: batches made up to a few sizes, so that a recorded graph serves more than one of them.
+
+A batch is filled up with small images of its own kind, which come last and attend to nothing but themselves:
+all that follows from the grids then has the shapes of the bucket, and what they give is cut off. Cumulative
+lengths are padded with empty segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlen_vision.plan import Grid
+from varlen_vision.plan.assemble import cu_seqlens_name
+from varlen_vision.segments import Segments
+from varlen_vision.vision_plan import VisionPlan
+
+# Filling images have at most so many patches, so that they make no segment longer than real ones do.
+_LARGEST = 256
+# Segments up to here make no difference to a kernel: it takes a tile of that size.
+_SHORT = 64
+# Up to so many patches, batches are rounded up to a multiple of the step beside it.
+_STEPS = ((4096, 256), (16384, 512), (65536, 2048))
+
+
+def bucket_tokens(tokens: int) -> int | None:
+    """The patches to which a batch of `tokens` is filled up; None where no bucket is large enough."""
+    for most, step in _STEPS:
+        if tokens <= most:
+            return -(-tokens // step) * step
+    return None
+
+
+def filling(images: int, tokens: int, merge_size: int) -> tuple[Grid, ...] | None:
+    """Images that fill a batch up; None where there are none such.
+
+    Args:
+        images: of the batch, whose number is brought to one of a few.
+        tokens: patches of the filling in all.
+        merge_size: patches per side of a merge unit, which no image may cut.
+    """
+    units, rest = divmod(tokens, merge_size**2)
+    if rest:
+        return None
+    if not units:
+        return ()
+    count = min(units, rounded_up(images + -(-tokens // _LARGEST)) - images)
+    each, longer = divmod(units, count)
+    return tuple((1, merge_size, merge_size * (each + (index < longer))) for index in range(count))
+
+
+def rounded_up(count: int, least: int = 1) -> int:
+    """`count`, or at most half more: with two significant bits, so that there are few different ones."""
+    step = 1 << max(0, count.bit_length() - 2)
+    return max(least, -(-count // step) * step)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a recorded graph is for: two batches of one frame differ in the contents of tensors only."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    values: tuple[tuple[str, Any], ...]
+    max_seqlen: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """One batch, filled up.
+
+    Attributes:
+        frame: its bucket.
+        tensors: by name, what differs from batch to batch, all on the tower's device, of the frame's shapes.
+        lengths: for each kind of layer, patches per segment, empty ones included.
+        structure: the keyword arguments, with the index of a tensor in the place of each tensor.
+    """
+
+    frame: Frame
+    tensors: tuple[Tensor, ...]
+    lengths: dict[str, tuple[int, ...]]
+    structure: dict[str, Any]
+
+    def keywords(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+        """The keyword arguments over other tensors of the same shapes."""
+        return {name: _rebuild(value, tensors) for name, value in self.structure.items()}
+
+
+def fill_up(plan: VisionPlan) -> Filled:
+    """Bring a plan to the shapes of its bucket.
+
+    Args:
+        plan: of a batch with its filling, on the tower's device.
+    """
+    given: dict[str, Any] = {"grid_thw": plan.tensors["grid_thw"], **plan.keywords()}
+    lengths, most = {}, []
+    for kind, cut in plan.segments.items():
+        name, count = cu_seqlens_name(kind), rounded_up(len(cut))
+        empty = count - len(cut)
+        lengths[kind] = cut.lengths + (0,) * empty
+        most.append((kind, rounded_up(cut.max_seqlen, _SHORT)))
+        end = given[name][-1:].expand(empty)
+        given[name] = torch.cat((given[name], end)) if empty else given[name]
+    found: list[tuple[str, Tensor]] = []
+    values: list[tuple[str, Any]] = []
+    structure = {name: _take_apart(name, value, found, values) for name, value in given.items()}
+    frame = Frame(
+        tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in found),
+        tuple(values),
+        tuple(most),
+    )
+    return Filled(frame, tuple(tensor for _, tensor in found), lengths, structure)
+
+
+def segments_of(filled: Filled, keywords: dict[str, Any]) -> Iterator[Segments]:
+    """The cut for each kind of layer, for all batches of the frame."""
+    for kind, most in filled.frame.max_seqlen:
+        yield Segments.of_frame(keywords[cu_seqlens_name(kind)], filled.lengths[kind], most)
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+def _take_apart(name: str, value: Any, found: list[tuple[str, Tensor]], values: list[tuple[str, Any]]) -> Any:
+    if isinstance(value, Tensor):
+        found.append((name, value))
+        return _Place(len(found) - 1)
+    if isinstance(value, tuple):
+        return tuple(_take_apart(name, part, found, values) for part in value)
+    values.append((name, value))
+    return value
+
+
+def _rebuild(value: Any, tensors: tuple[Tensor, ...]) -> Any:
+    if isinstance(value, _Place):
+        return tensors[value.index]
+    return tuple(_rebuild(part, tensors) for part in value) if isinstance(value, tuple) else value
