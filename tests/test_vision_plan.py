@@ -344,7 +344,7 @@ class TestCache:
     def test_two_threads_planning_at_once(self) -> None:
         set_plan_cache(30_000)  # so that entries go while others are made
         sizes = [(1, 2 * height, 2 * width) for height in range(1, 12) for width in range(1, 12)]
-        right = {size: Positions(2).part(size)[0] for size in sizes}
+        right = {size: VisionPlan.from_grid([size], RECIPE).tensors["position_ids"].numpy() for size in sizes}
         wrong: list[object] = []
 
         def work(seed: int) -> None:

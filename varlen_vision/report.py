@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from varlen_vision.parity import Error
+from varlen_vision.vision_plan import LayerWork
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,17 @@ class PartReport:
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """All vision blocks of a model, and the parts of its fast tower; print it for a table."""
+    """All vision blocks of a model, and the parts of its fast tower; print it for a table.
+
+    Attributes:
+        blocks: one by one.
+        parts: what optimize_vision did; empty where it was not called.
+        work: what a layer of each kind does with the batch that was asked about; empty where none was.
+    """
 
     blocks: tuple[BlockReport, ...]
     parts: tuple[PartReport, ...] = ()
+    work: tuple[LayerWork, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -73,9 +81,24 @@ class AttentionReport:
             "summary": self.summary,
             "blocks": [asdict(block) for block in self.blocks],
             "parts": [asdict(part) for part in self.parts],
+            "work": [asdict(work) for work in self.work],
         }
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        return Group(self._blocks(), *([self._work()] if self.work else []))
+
+    def _work(self) -> Table:
+        table = Table(title="per layer, for the batch given", title_justify="left")
+        for column in ("layers over", "kernel"):
+            table.add_column(column)
+        for column in ("segments", "max_seqlen", "GFLOP", "MiB"):
+            table.add_column(column, justify="right")
+        for work in self.work:
+            flops, size = f"{work.flops / 1e9:.3g}", f"{work.bytes / 2**20:.3g}"
+            table.add_row(work.kind, work.kernel, str(work.segments), str(work.max_seqlen), flops, size)
+        return table
+
+    def _blocks(self) -> Table:
         table = Table(title=self.summary, title_justify="left")
         for column in ("block", "was", "now", "why", "error (allowed)"):
             table.add_column(column, overflow="fold")

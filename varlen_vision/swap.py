@@ -36,6 +36,7 @@ from varlen_vision.segments import SegmentReader
 from varlen_vision.tower import part_reports
 from varlen_vision.verify import CannotRun, Verdict, verify_block
 from varlen_vision.versions import warn_if_untested
+from varlen_vision.vision_plan import LayerWork, VisionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +168,18 @@ def restore_attention(model: nn.Module) -> int:
     return len(swapped)
 
 
-def attention_report(model: nn.Module) -> AttentionReport:
+def attention_report(model: nn.Module, grid_thw: Any = None) -> AttentionReport:
     """What stands in each vision block of `model`, swapped or not.
 
+    Args:
+        model: as for swap_attention.
+        grid_thw: (images, 3) frames, height and width in patches. With it the report says too what a layer of
+            each kind (over frames or clips, over windows) does with such a batch: the kernel that it takes,
+            its FLOPs and its bytes.
+
     Raises:
-        SwapError: `model` has no vision block of a supported family.
+        SwapError: `model` has no vision block of a supported family, or, with `grid_thw`, none swapped.
+        PlanError: the grids are not what a processor makes, or its segments do not follow from them.
     """
     rows = []
     towers: dict[str, nn.Module] = {}
@@ -189,7 +197,28 @@ def attention_report(model: nn.Module) -> AttentionReport:
             rows.append(BlockReport(name, "-", type(module).__name__, "original", why))
     if not rows:
         raise SwapError(_nothing_found(model))
-    return AttentionReport(tuple(rows), part_reports(model))
+    work = () if grid_thw is None else _work(model, towers, grid_thw)
+    return AttentionReport(tuple(rows), part_reports(model), work)
+
+
+def _work(model: nn.Module, towers: Mapping[str, nn.Module], grid_thw: Any) -> tuple[LayerWork, ...]:
+    """What the layers of the vision tower do with a batch."""
+    for tower in towers.values():
+        block = next((module for module in tower.modules() if isinstance(module, VarlenAttention)), None)
+        if block is None or block.family.modality != "vision":
+            continue
+        device, dtype = placement(block, tower)
+        return VisionPlan.from_grid(grid_thw, tower).work(
+            block.structure.num_heads,
+            block.structure.head_dim,
+            kernel=block.kernel,
+            device=device,
+            dtype=dtype,
+        )
+    raise SwapError(
+        f"grid_thw was given, but no vision tower of {type(model).__name__} is swapped, so it is not ours to "
+        "say what its layers do; call swap_attention first, or leave grid_thw out"
+    )
 
 
 def _plan(model: nn.Module) -> tuple[list[_Site], list[_Refusal]]:

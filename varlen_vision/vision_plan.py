@@ -15,7 +15,7 @@ from varlen_vision.families.recipe import recipe_of
 from varlen_vision.kernels.spec import Request
 from varlen_vision.kernels.table import choose
 from varlen_vision.plan.assemble import assemble, cu_seqlens_name
-from varlen_vision.plan.buffer import Buffer
+from varlen_vision.plan.buffer import Buffer, ordinary_tensors
 from varlen_vision.plan.cache import BATCHES
 from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, read_rows
 from varlen_vision.plan.recipe import Recipe
@@ -72,7 +72,7 @@ class VisionPlan:
     ) -> VisionPlan:
         """Work out a plan, or look it up: pure host work, no GPU involved unless `grid_thw` is on one.
 
-        What was worked out for an image of some size is kept for the next, and whole plans for the same
+        What was worked out for an image is kept for the next of its width, and whole plans for the same
         batch, both up to a number of bytes (`set_plan_cache`).
 
         Args:
@@ -159,7 +159,7 @@ class VisionPlan:
     @cached_property
     def _keywords(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             for kind, cut in self.segments.items():
                 found[cu_seqlens_name(kind)] = cut.cu_seqlens
             for item in self.recipe.inputs:
@@ -169,9 +169,10 @@ class VisionPlan:
 
     @cached_property
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        return tuple(
-            (tensor, tensor._version) for tensor in (self.buffer.block, *_flat(self._keywords.values()))
-        )
+        """The block, whose views share its version, and what was made from it."""
+        views = set(map(id, self.tensors.values()))
+        made = (tensor for tensor in _flat(self._keywords.values()) if id(tensor) not in views)
+        return tuple((tensor, tensor._version) for tensor in (self.buffer.block, *made))
 
     def intact(self) -> bool:
         """Whether nobody wrote into the tensors since the plan was made."""
@@ -211,15 +212,17 @@ class VisionPlan:
         heads: int,
         head_dim: int,
         *,
+        kernel: str = "auto",
         device: torch.device | str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         needs_grad: bool = False,
     ) -> tuple[LayerWork, ...]:
-        """What a layer of each kind does with this batch, and the kernel that `auto` takes for it.
+        """What a layer of each kind does with this batch, and the kernel that it takes for it.
 
         Args:
             heads: H of q, k and v.
             head_dim: D.
+            kernel: that was asked for.
             device: where the tower runs.
             dtype: of q, k and v.
             needs_grad: whether gradients follow.
@@ -233,7 +236,7 @@ class VisionPlan:
                 kind=kind,
                 segments=len(cut),
                 max_seqlen=cut.max_seqlen,
-                kernel=choose(_request(cut, head_dim, device, dtype, needs_grad), "auto").kernel.name,
+                kernel=choose(_request(cut, head_dim, device, dtype, needs_grad), kernel).kernel.name,
                 flops=4 * heads * head_dim * cut.attended,
                 bytes=4 * heads * head_dim * cut.total * dtype.itemsize,
             )
@@ -262,10 +265,11 @@ def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
 
 def _make(rows: Rows, recipe: Recipe, device: torch.device) -> tuple[VisionPlan, int]:
     grids = grids_from_rows(rows, recipe.merge_size)
-    buffer, lengths = assemble(recipe, grids, pinned=device.type == "cuda")
-    plan = VisionPlan(recipe, grids, lengths, buffer.to(device))
-    # Now, so that `intact` knows how the tensors were when nobody had them yet.
-    size = sum(tensor.nbytes for tensor, _ in plan._versions if tensor._base is not plan.buffer.block)
+    with ordinary_tensors():  # once, for all that is made inside
+        buffer, lengths = assemble(recipe, grids, pinned=device.type == "cuda")
+        plan = VisionPlan(recipe, grids, lengths, buffer.to(device))
+        # Now, so that `intact` knows how the tensors were when nobody had them yet.
+        size = sum(tensor.nbytes for tensor, _ in plan._versions)
     return plan, size + _BYTES_PER_SEGMENT * sum(map(len, lengths.values())) + _BYTES_PER_PLAN
 
 

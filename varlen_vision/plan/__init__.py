@@ -9,7 +9,6 @@ from varlen_vision.plan.cache import clear_plan_cache, set_plan_cache
 from varlen_vision.plan.grids import Grid, grids_from_rows, read_rows
 from varlen_vision.plan.inputs import (
     FrameIndex,
-    Interpolation,
     PixelShuffle,
     Positions,
     TemporalGather,
@@ -17,6 +16,7 @@ from varlen_vision.plan.inputs import (
     TowerInput,
     WindowOrder,
 )
+from varlen_vision.plan.interpolation import Interpolation
 from varlen_vision.plan.layouts import ClipLayout, FrameLayout, Layout, WindowLayout, plan_lengths
 from varlen_vision.plan.recipe import Recipe
 

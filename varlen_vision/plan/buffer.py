@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,10 @@ from torch import Tensor
 DTYPES = (torch.int64, torch.float32, torch.int32)
 _NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int32}
 
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
-@dataclass(frozen=True)
-class Slot:
+
+class Slot(NamedTuple):
     """Where one array is: `offset` and `shape` count elements of `dtype`."""
 
     dtype: torch.dtype
@@ -40,21 +42,22 @@ class Buffer:
     slots: Mapping[str, Slot]
 
     @classmethod
-    def empty(cls, wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, pinned: bool) -> Buffer:
+    def empty(cls, wanted: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, pinned: bool) -> Buffer:
         """Room for arrays of these names, dtypes and shapes; in page-locked memory where `pinned`."""
         slots, end = {}, 0
-        for name, dtype, shape in sorted(wanted, key=lambda item: DTYPES.index(item[1])):
-            slots[name] = Slot(dtype, end // dtype.itemsize, shape, _strides(shape))
-            end += prod(shape) * dtype.itemsize
+        for kind in DTYPES:
+            for name, dtype, shape in wanted:
+                if dtype is kind:
+                    slots[name] = Slot(dtype, end // dtype.itemsize, shape, _strides(shape))
+                    end += prod(shape) * dtype.itemsize
         end += -end % 8  # so that the whole block can be seen as any of the dtypes
-        # Not inference tensors even where a model runs in inference mode: the plan may serve training next.
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), slots)
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
-        with torch.inference_mode(False):
-            seen = {dtype: self.block.view(dtype) for dtype in {slot.dtype for slot in self.slots.values()}}
+        with ordinary_tensors():
+            seen = {dtype: self.block.view(dtype) for dtype in DTYPES}
             return {
                 name: seen[slot.dtype].as_strided(slot.shape, slot.strides, slot.offset)
                 for name, slot in self.slots.items()
@@ -63,10 +66,9 @@ class Buffer:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The same as numpy arrays, of a block in the memory of the host."""
         block = self.block.numpy()
+        seen = {dtype: block.view(_NUMPY[dtype]) for dtype in DTYPES}
         return {
-            name: block.view(_NUMPY[slot.dtype])[slot.offset : slot.offset + prod(slot.shape)].reshape(
-                slot.shape
-            )
+            name: seen[slot.dtype][slot.offset : slot.offset + prod(slot.shape)].reshape(slot.shape)
             for name, slot in self.slots.items()
         }
 
@@ -74,11 +76,17 @@ class Buffer:
         """The same on `device`: one copy, for which the host does not wait where that is a GPU."""
         if device == self.block.device:
             return self
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             block = self.block
             if device.type == "cuda" and block.device.type == "cpu" and not block.is_pinned():
                 block = block.pin_memory()
             return Buffer(block.to(device, non_blocking=device.type == "cuda"), self.slots)
+
+
+def ordinary_tensors() -> AbstractContextManager[object]:
+    """No inference tensors are made here even where a model runs so: a plan may serve training next."""
+    # Looking first is an order of magnitude cheaper than leaving a mode that nobody is in.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class ByteCache:
 
 
 PARTS = ByteCache()
-"""Of single images: the arrays of each (recipe, grid)."""
+"""Of single images: the tables that those of one width share (see varlen_vision.plan.pieces)."""
 
 BATCHES = ByteCache()
 """Of whole batches: a plan per (recipe, grids, device, stream)."""

@@ -66,27 +66,34 @@ def grids_from_rows(rows: Rows, merge_size: int = 1) -> tuple[Grid, ...]:
     """
     if not rows:
         raise PlanError("grid_thw has no row; expected one per image or video")
-    total = 0
-    for index, row in enumerate(rows):
-        if len(row) != 3:
-            raise PlanError(f"row {index} of grid_thw is {row}, expected (frames, height, width)")
-        frames, height, width = row
-        for number in row:
-            if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-                raise PlanError(f"row {index} of grid_thw is {row}, expected whole numbers of patches")
-        if frames < 1 or height < 1 or width < 1:
-            raise PlanError(
-                f"row {index} of grid_thw is {row}; frames, height and width are counts of patches, 1 or more"
-            )
-        if height % merge_size or width % merge_size:
-            raise PlanError(
-                f"row {index} of grid_thw is {row}; height and width must be multiples of the merge size, "
-                f"{merge_size}, as the processor of this tower makes them"
-            )
-        total += frames * height * width
+    grids = tuple(_checked(index, row, merge_size) for index, row in enumerate(rows))
+    total = sum(frames * height * width for frames, height, width in grids)
     if total > MOST_PATCHES:
         raise PlanError(
             f"grid_thw describes {total} patches, more than int32 cu_seqlens can count ({MOST_PATCHES}); "
             "use smaller batches"
         )
-    return rows
+    return grids
+
+
+def _checked(index: int, row: tuple[Any, ...], merge_size: int) -> Grid:
+    if len(row) != 3:
+        raise PlanError(f"row {index} of grid_thw is {row}, expected (frames, height, width)")
+    frames, height, width = row
+    # Almost always so; the rest is for what else counts as a whole number, and for saying what is wrong.
+    integers = type(frames) is type(height) is type(width) is int
+    if integers and min(row) > 0 and not (height % merge_size or width % merge_size):
+        return row
+    for number in row:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise PlanError(f"row {index} of grid_thw is {row}, expected whole numbers of patches")
+    if frames < 1 or height < 1 or width < 1:
+        raise PlanError(
+            f"row {index} of grid_thw is {row}; frames, height and width are counts of patches, 1 or more"
+        )
+    if height % merge_size or width % merge_size:
+        raise PlanError(
+            f"row {index} of grid_thw is {row}; height and width must be multiples of the merge size, "
+            f"{merge_size}, as the processor of this tower makes them"
+        )
+    return int(frames), int(height), int(width)

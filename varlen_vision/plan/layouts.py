@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from varlen_vision.plan.grids import Grid
 
 
@@ -62,15 +60,14 @@ class WindowLayout:
 
     def lengths(self, grid: Grid) -> list[int]:
         frames, height, width = grid
-        rows = _cut(height // self.merge_size, self.side)
-        columns = _cut(width // self.merge_size, self.side)
-        frame: list[int] = (np.multiply.outer(rows, columns).ravel() * self.merge_size**2).tolist()
+        side, merge = self.side, self.merge_size
+        bands, tall = divmod(height // merge, side)
+        whole, wide = divmod(width // merge, side)
+        columns = [side * merge * merge] * whole + [wide * merge * merge] * (wide > 0)
+        frame = [side * column for column in columns] * bands
+        if tall:
+            frame += [tall * column for column in columns]
         return frame * frames
-
-
-def _cut(length: int, side: int) -> list[int]:
-    whole, rest = divmod(length, side)
-    return [side] * whole + [rest] * (rest > 0)
 
 
 def plan_lengths(grids: Iterable[Grid], layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
@@ -81,7 +78,13 @@ def plan_lengths(grids: Iterable[Grid], layouts: Mapping[str, Layout]) -> dict[s
         layouts: how each kind of layer of the tower cuts them.
     """
     grids = list(grids)
-    return {
-        name: tuple(length for grid in grids for length in layout.lengths(grid))
-        for name, layout in layouts.items()
-    }
+    planned = {}
+    for name, layout in layouts.items():
+        known: dict[Grid, Sequence[int]] = {}
+        lengths: list[int] = []
+        for grid in grids:
+            if (cut := known.get(grid)) is None:
+                cut = known[grid] = layout.lengths(grid)
+            lengths += cut
+        planned[name] = tuple(lengths)
+    return planned
