@@ -8,12 +8,13 @@ https://docs.pytorch.org/tutorials/recipes/regional_compilation.html: the first 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from varlen_vision.attention import replaced_forward
 from varlen_vision.tower.blocks import Block
 
 Call = Callable[..., Any]
@@ -31,6 +32,8 @@ def why_not_compiled(block: Block) -> str | None:
         )
     if block.module._compiled_call_impl is not None:
         return "it is compiled already"
+    if replaced_forward(block.module) is not None:
+        return "its forward was replaced on this very module"
     for name, module in block.module.named_modules():
         if "_hf_hook" in module.__dict__:
             where = name or "the block"
@@ -39,26 +42,50 @@ def why_not_compiled(block: Block) -> str | None:
 
 
 def compiler(backend: str) -> Call:
-    """A compiled call for the blocks of one tower: `fullgraph`, and sizes as symbols.
+    """A compiled forward for the blocks of one tower: `fullgraph`, and sizes as symbols.
 
     torch.compile gives up on a function after eight graphs, and counts by code object; the blocks of all
     models share transformers' own. So each tower gets a function whose code is its own.
     """
 
-    def call(block: Any, *args: Any, **kwargs: Any) -> Any:
-        return block._call_impl(*args, **kwargs)
+    def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(block).forward(block, *args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
+    forward.__code__ = forward.__code__.replace()
     options: dict[str, Any] = {"options": dict(_OPTIONS)} if backend == "inductor" else {}
-    compiled: Call = torch.compile(call, fullgraph=True, dynamic=True, backend=backend, **options)
+    compiled: Call = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend, **options)
     return compiled
 
 
+class CompiledForward:
+    """A block's forward, compiled. Hooks on the block run outside of the graph, which could not hold them."""
+
+    def __init__(self, block: nn.Module, call: Call) -> None:
+        self.block = block
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.block, *args, **kwargs)
+
+    # A copy, or a pickle, is the forward as it is written: a compiled one cannot be taken along.
+    def __reduce__(self) -> tuple[Call, tuple[nn.Module]]:
+        return _as_written, (self.block,)
+
+
+def _as_written(block: nn.Module) -> MethodType:
+    return MethodType(type(block).forward, block)
+
+
 def compile_block(block: Block, call: Call) -> None:
-    """Let the block be called through `call`, as `nn.Module.compile` would."""
-    block.module._compiled_call_impl = partial(call, block.module)
+    """Let the block's forward be `call`."""
+    block.module.__dict__["forward"] = CompiledForward(block.module, call)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether compile_block was called for this very module."""
+    return isinstance(module.__dict__.get("forward"), CompiledForward)
 
 
 def undo_compile(module: nn.Module) -> None:
     """Call the block as it is written again."""
-    module._compiled_call_impl = None
+    module.__dict__.pop("forward", None)

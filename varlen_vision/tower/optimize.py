@@ -17,7 +17,14 @@ from varlen_vision.placement import placement, why_unusable
 from varlen_vision.report import PartReport
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block, vision_blocks
-from varlen_vision.tower.compiled_blocks import Call, compile_block, compiler, undo_compile, why_not_compiled
+from varlen_vision.tower.compiled_blocks import (
+    Call,
+    compile_block,
+    compiler,
+    is_compiled,
+    undo_compile,
+    why_not_compiled,
+)
 from varlen_vision.tower.graphs import GraphedTower, cuda_recorder, why_not_graphed
 from varlen_vision.tower.mlp import MLPError, describe_mlp, looks_like_mlp
 from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, why_not_product
@@ -70,7 +77,7 @@ class _Record:
         if self.handle is not None:
             self.handle.remove()
         if self.graphed is not None:
-            undo_compile(self.graphed.tower)
+            self.graphed.tower._compiled_call_impl = None
             self.graphed.clear()
         for module in self.compiled:
             undo_compile(module)
@@ -84,7 +91,7 @@ class _Record:
         products = len(self.stand_ins) - len(self.mlps)
         if products:
             yield PartReport("patch product", products, "the patch embedding's convolution as a product")
-        if compiled := sum(module._compiled_call_impl is not None for module in self.compiled):
+        if compiled := sum(map(is_compiled, self.compiled)):
             yield PartReport("compiled block", compiled, "one graph for all layers and batches")
         if self.graphed is not None:
             counts = ", ".join(f"{count} {what}" for what, count in self.graphed.counts.most_common())
