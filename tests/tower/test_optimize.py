@@ -200,3 +200,16 @@ def test_load_model() -> None:
     ):
         with pytest.raises(LoadError, match=message):
             load_model(path, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    ours, theirs = compiled(GATED), odd_tower(GATED)
+    found = []
+    for model in (ours, theirs):
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+        if reentrant:
+            model.patch_embed.requires_grad_()  # type: ignore[operator, union-attr]
+        found.append(gradients(model, lambda model=model: run(GATED, model)))  # type: ignore[misc]
+    assert_same_gradients(*found)
