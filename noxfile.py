@@ -42,6 +42,7 @@ SAME_WITH_EVERY_RELEASE = (
     "test_rope.py",
     "test_segments.py",
     "test_torch_varlen.py",
+    "test_window_triton.py",
 )
 
 

@@ -10,7 +10,7 @@ from tests.families import TOWERS, batch, exact, make
 from tests.watch import LargestTensor
 from varlen_vision import attention, attention_report, restore_attention, supported_families, swap_attention
 from varlen_vision.attention import VarlenAttention
-from varlen_vision.families import FAMILIES, Structure
+from varlen_vision.families import FAMILIES
 from varlen_vision.parity import Error, budget, relative_error
 from varlen_vision.segments import Segments
 from varlen_vision.testing import zoo
@@ -187,7 +187,14 @@ def _shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_rope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Structure, "rotate", lambda self, q, k, cos, sin: (q, k))
+    """Angles of zero, whichever way q and k are rotated by them."""
+    right = attention._tables
+
+    def zero(given: dict[str, object]) -> tuple[Tensor, Tensor]:
+        cos, sin = right(given)
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    monkeypatch.setattr(attention, "_tables", zero)
 
 
 MUTATIONS = (_wrong_scale, _merged_segments, _shifted, _no_rope)

@@ -16,6 +16,7 @@ from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.kernels.spec import Request
 
 NAMES = [
+    "window_triton",
     "flash_attn_4",
     "flash_attn_3",
     "flash_attn_2",
@@ -113,7 +114,7 @@ def test_kernels_of_a_gpu_with_everything_installed(pretend: Pretend) -> None:
 def test_auto_on_the_cpu(dtype: torch.dtype, mean_seqlen: float) -> None:
     choice = choose(request(CPU, dtype, mean_seqlen))
     assert choice.kernel.name == "sdpa_segments"
-    assert [name for name, _ in choice.passed_over] == NAMES[:4]
+    assert [name for name, _ in choice.passed_over] == NAMES[:5]
     assert all(reasons and all(reasons) for _, reasons in choice.passed_over)
 
 
@@ -124,6 +125,17 @@ AUTO = [
     (HOPPER, {"flash_attn_4"}, 1023, {}, "torch_varlen"),
     (HOPPER, {"flash_attn_4"}, 64, {}, "torch_varlen"),
     (HOPPER, LIBRARIES, 64, {}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64}, "window_triton"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 128, "grouped_heads": True}, "window_triton"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 129}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "needs_grad": True}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "causal": True}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "dropout": True}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "same_lengths": False}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "head_dim": 88}, "flash_attn_2"),
+    (HOPPER, LIBRARIES, 64, {"max_seqlen": 64, "segments": 65536}, "window_triton"),
+    (AMPERE, set(), 64, {"max_seqlen": 64, "dtype": torch.float16}, "window_triton"),
+    (TURING, set(), 64, {"max_seqlen": 64}, "sdpa_segments"),
     (HOPPER, {"flash_attn_4"}, 64, {"segments": 65535}, "torch_varlen"),
     (HOPPER, {"flash_attn_4"}, 64, {"segments": 65536}, "sdpa_segments"),
     (HOPPER, {"flash_attn_3"}, 6144, {}, "flash_attn_3"),
@@ -205,6 +217,9 @@ REFUSED = [
     (HOPPER, LIBRARIES, "torch_varlen", {"dropout": True}, ["dropout_p > 0"], ["flash_attn_2"]),
     (HOPPER, LIBRARIES, "sdpa_mask", {"causal": True}, ["causal"], ["flash_attn_2", "sdpa_segments"]),
     (HOPPER, LIBRARIES, "sdpa_segments", {"same_lengths": False}, ["cut differently"], ["flash_attn_2"]),
+    (HOPPER, LIBRARIES, "window_triton", {"max_seqlen": 129}, ["129", "at most 128"], ["flash_attn_2"]),
+    (HOPPER, LIBRARIES, "window_triton", {"needs_grad": True}, ["no backward"], ["flash_attn_2"]),
+    (HOPPER, LIBRARIES, "window_triton", {"head_dim": 88}, ["88", "64, 72, 80, 96, 128"], ["flash_attn_2"]),
     (
         TURING,
         set(),
@@ -280,3 +295,10 @@ def test_a_flash_kernel_on_the_cpu_is_refused_by_the_call_itself() -> None:
         flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 4, 4, kernel="flash_attn_2")
     for words in ("device is cpu", "float32", "These can: sdpa_segments, sdpa_mask, reference"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sdpa_segments", "sdpa_mask"])
+def test_lengths_that_may_change_are_no_work_for_kernels_by_the_hosts_lengths(name: str) -> None:
+    request = Request(device=torch.device("cpu"), dtype=torch.float32, head_dim=8, may_change=True)
+    with pytest.raises(KernelError, match=r"cu_seqlens may change \(a CUDA graph\)"):
+        choose(request, name)

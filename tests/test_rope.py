@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from varlen_vision.families.rope import _fused
+from varlen_vision.kernels.rope import _fused
 
 # The interpreter is chosen when Triton is imported, so it needs a process of its own.
 SCRIPT = """
 import torch
-from varlen_vision.families.rope import rotate_plain
-from varlen_vision.families.rope_triton import rotate
+from varlen_vision.kernels.rope import rotate_plain
+from varlen_vision.kernels.rope_triton import rotate
 from varlen_vision.parity import relative_error
 
 torch.manual_seed(0)

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from tests.towers import FAMILY_NAMES, batch, checkpoint, merged, tower, tower_inside
-from varlen_vision import attention_report, load_model, restore_attention, swap_attention
+from varlen_vision import attention, attention_report, load_model, restore_attention, swap_attention
 from varlen_vision import swap as swap_module
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import KernelError, ParityError, SegmentError, SwapError
-from varlen_vision.families import Structure
 
 FAMILY = "qwen2_5_vl"
 INT32 = partial(torch.tensor, dtype=torch.int32)
@@ -207,7 +206,13 @@ def test_verification_refuses_a_wrong_module_and_changes_nothing(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, output = modules(model), run(model)
-    monkeypatch.setattr(Structure, "rotate", lambda self, q, k, cos, sin: (q, k))
+    right = attention._tables
+    # Angles of zero, and so no RoPE.
+    monkeypatch.setattr(
+        attention,
+        "_tables",
+        lambda given: (torch.ones_like(right(given)[0]), torch.zeros_like(right(given)[1])),
+    )
     message = (
         r"blocks\.0\.attn .* differs from the original by .* the largest difference is \S+ at token \d+ "
         r"\(segment \d of \d+ tokens\), channel \d+: \S+ for \S+; nothing was changed"
@@ -297,7 +302,9 @@ class TestRefusals:
             restore_attention(model)
 
     def test_unknown_kernel(self, model: nn.Module) -> None:
-        with pytest.raises(KernelError, match=r"unknown kernel 'flash'; known: auto, flash_attn_4, "):
+        with pytest.raises(
+            KernelError, match=r"unknown kernel 'flash'; known: auto, window_triton, flash_attn_4, "
+        ):
             swap_attention(model, "flash")
 
     @pytest.mark.parametrize("verify", [True, False])

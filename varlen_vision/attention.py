@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varlen_vision import compiled
 from varlen_vision.errors import SegmentError
 from varlen_vision.families import Family, Structure
-from varlen_vision.families.rope import tables
+from varlen_vision.families.rope import HALF, tables
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.segments import SegmentReader
 
@@ -92,9 +92,13 @@ class VarlenAttention(nn.Module):
         packed, cu_seqlens = self._packed(hidden_states, given)
         cu_seqlens = self._on_device(cu_seqlens, packed.device)
         q, k, v = structure.project(self, packed)
+        rotary = None
         if structure.rotation is not None:
-            q, k = structure.rotate(q, k, *_tables(given))
-        output = structure.finish(self, self._attend(q, k, v, cu_seqlens, given.get("max_seqlen")))
+            rotary = _tables(given)
+            if not self._attends_rotated(*rotary):
+                q, k = structure.rotate(q, k, *rotary)
+                rotary = None
+        output = structure.finish(self, self._attend(q, k, v, cu_seqlens, given.get("max_seqlen"), rotary))
         output = output.view(hidden_states.shape[:-1] + output.shape[-1:])
         return (output, None) if structure.returns_pair else output
 
@@ -144,11 +148,35 @@ class VarlenAttention(nn.Module):
         """Whether the original takes a plain batch when it is given no segments."""
         return self.structure.takes_cu_seqlens and "attention_mask" in self.structure.parameters
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+    def _attends_rotated(self, cos: Tensor, sin: Tensor) -> bool:
+        """Whether `_attend` can rotate q and k: half-split, all channels, no gradients for the tables."""
+        rotation, width = self.structure.rotation, self.structure.head_dim
+        if rotation is None or rotation.apply is not HALF.apply or cos.requires_grad or sin.requires_grad:
+            return False
+        return cos.ndim == sin.ndim == 2 and cos.shape[1] == sin.shape[1] == width
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         dropout = self.structure.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
             return compiled.attention(
-                q, k, v, cu_seqlens, max_seqlen, dropout, self.structure.scaling, self.kernel, self.options
+                q,
+                k,
+                v,
+                cu_seqlens,
+                max_seqlen,
+                dropout,
+                self.structure.scaling,
+                self.kernel,
+                self.options,
+                rotary,
             )
         return flash_attn_varlen_func(
             q,
@@ -160,6 +188,7 @@ class VarlenAttention(nn.Module):
             max_seqlen,
             dropout_p=dropout,
             softmax_scale=self.structure.scaling,
+            rotary=rotary,
             kernel=self.kernel,
             reader=self.reader,
             **self.options,

@@ -29,11 +29,13 @@ def attention(
     softmax_scale: float | None,
     kernel: str,
     options: dict[str, Any],
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`flash_attn_varlen_func` for self-attention, as an operator; shapes as there.
 
-    The backward runs the forward once more, since an operator can hand no graph of its own over. Dropout
-    would draw other numbers there, so it is refused while gradients are needed.
+    The backward runs the forward once more, RoPE included, since an operator can hand no graph of its own
+    over; the tables of `rotary` get no gradients. Dropout would draw other numbers there, so it is refused
+    while gradients are needed.
 
     Raises:
         ValueError: dropout_p > 0.
@@ -45,7 +47,7 @@ def attention(
         )
     text = ",".join(f"{name}={value}" for name, value in options.items())  # an operator takes no dictionary
     result: Tensor = torch.ops.varlen_vision.attention(
-        q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, text
+        q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, text, *(rotary or (None, None))
     )
     return result
 
@@ -60,8 +62,10 @@ def _attention(
     softmax_scale: float | None,
     kernel: str,
     options: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
-    return _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options).contiguous()
+    return _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin).contiguous()
 
 
 @_attention.register_fake
@@ -80,11 +84,15 @@ def _attention_backward(
     softmax_scale: float | None,
     kernel: str,
     options: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> list[Tensor]:
     with _autograd():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         leaf_q, leaf_k, leaf_v = leaves
-        output = _run(leaf_q, leaf_k, leaf_v, cu_seqlens, max_seqlen, softmax_scale, kernel, options)
+        output = _run(
+            leaf_q, leaf_k, leaf_v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin
+        )
         gradients = torch.autograd.grad(output, leaves, gradient)
     return [tensor.contiguous() for tensor in gradients]
 
@@ -106,13 +114,14 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], *inputs[8:])
+    ctx.rest = inputs[4:8]
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.varlen_vision.attention_backward(gradient, *ctx.saved_tensors, *ctx.rest)
-    return (*gradients, None, None, None, None, None)
+    tensors = ctx.saved_tensors
+    gradients = torch.ops.varlen_vision.attention_backward(gradient, *tensors[:4], *ctx.rest, *tensors[4:])
+    return (*gradients, None, None, None, None, None, None, None)
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -127,6 +136,8 @@ def _run(
     softmax_scale: float | None,
     kernel: str,
     options: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> Tensor:
     named: dict[str, Any] = dict(option.split("=") for option in options.split(",")) if options else {}
     return flash_attn_varlen_func(
@@ -138,6 +149,7 @@ def _run(
         max_seqlen,
         max_seqlen,
         softmax_scale=softmax_scale,
+        rotary=None if cos is None or sin is None else (cos, sin),
         kernel=kernel,
         reader=current_reader(),
         **named,

@@ -124,6 +124,9 @@ class _Probe(VarlenAttention):
         super().__init__(block.__dict__["original"], block.family, structure, block.reader)
         self.attend = attend
 
+    def _attends_rotated(self, cos: Tensor, sin: Tensor) -> bool:
+        return False
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         return self.attend(q, k, v)
 
@@ -160,6 +163,7 @@ def _inputs(
         head_dim=structure.head_dim,
         grouped_heads=structure.num_heads != structure.num_kv_heads,
         mean_seqlen=segments.mean_seqlen,
+        max_seqlen=segments.max_seqlen,
     )
     return hidden, position, request
 

@@ -301,6 +301,7 @@ def _request(
         same_lengths=True,
         segments=len(cut),
         mean_seqlen=cut.mean_seqlen,
+        max_seqlen=cut.max_seqlen,
     )
 
 

@@ -39,8 +39,9 @@ USABLE = (
     if torch.cuda.is_available()
     else list(KERNELS)
 )
-FAST = [name for name in USABLE if name != "sdpa_mask"]
-"""Without the dense mask, whose T x T elements do not fit the large inputs."""
+FAST = [name for name in USABLE if name != "sdpa_mask" and KERNELS[name].max_seqlen is None]
+"""Without the dense mask, whose T x T elements do not fit the large inputs, and the one for short segments
+(test_window_triton_gpu.py)."""
 
 
 def combinations() -> list[Any]:

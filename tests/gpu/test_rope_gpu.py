@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from varlen_vision.families.rope import rotate, rotate_plain
-from varlen_vision.families.rope_triton import rotate as rotate_fused
+from varlen_vision.kernels.rope import rotate, rotate_plain
+from varlen_vision.kernels.rope_triton import rotate as rotate_fused
 from varlen_vision.parity import budget, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def test_against_float64(tokens: int, head_dim: int, dtype: torch.dtype) -> None
 
 
 def test_rotate_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from varlen_vision.families import rope
+    from varlen_vision.kernels import rope
 
     calls = []
     fused = rope._fused()

@@ -45,7 +45,9 @@ def wide_tower(family: str, dtype: torch.dtype = torch.bfloat16, depth: int = DE
 
 
 def usable(dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    names = [row.name for row in available_kernels("cuda") if row.usable]
+    """Those that run whole towers, windows and full attention alike."""
+    usable = [row.name for row in available_kernels("cuda") if row.usable]
+    names = [name for name in usable if KERNELS[name].max_seqlen is None]
     return ["auto", *(name for name in names if dtype in KERNELS[name].dtypes)]
 
 

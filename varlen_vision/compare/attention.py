@@ -122,7 +122,12 @@ class _Inputs:
 
     def ways(self) -> dict[str, Callable[[], Tensor]]:
         """What is set side by side: the baselines, then each kernel that can take these tensors."""
-        request = Request(device=self.q.device, dtype=self.q.dtype, head_dim=self.q.shape[2])
+        request = Request(
+            device=self.q.device,
+            dtype=self.q.dtype,
+            head_dim=self.q.shape[2],
+            max_seqlen=self.segments.max_seqlen,
+        )
         kernels = [
             name
             for name, kernel in KERNELS.items()

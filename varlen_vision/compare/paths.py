@@ -96,7 +96,12 @@ _TRANSFORMERS = [
     Path(name, implementation=name)
     for name in (PLAIN, "flash_attention_2", "flash_attention_3", "flash_attention_4")
 ]
-_KERNELS = [name for name in KERNELS if name not in ("sdpa_mask", "reference")]
+# Kernels for short segments alone cannot run a whole tower; `auto` takes them where they fit.
+_KERNELS = [
+    name
+    for name, kernel in KERNELS.items()
+    if name not in ("sdpa_mask", "reference") and kernel.max_seqlen is None
+]
 _VARLEN = [Path(f"varlen[{name}]", kernel=name) for name in ("auto", *_KERNELS)]
 
 PATHS: dict[str, Path] = {path.name: path for path in (*_MASKS, *_TRANSFORMERS, *_VARLEN)}

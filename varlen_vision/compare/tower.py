@@ -254,7 +254,9 @@ def _note(tower: Tower, batch: Batch, path: Path) -> str:
         return ""
     request = Request(device=tower.device, dtype=tower.dtype, head_dim=tower.shape.head_dim)
     chosen = {
-        layout: choose(replace(request, mean_seqlen=sum(part) / len(part), segments=len(part))).kernel.name
+        layout: choose(
+            replace(request, mean_seqlen=sum(part) / len(part), max_seqlen=max(part), segments=len(part))
+        ).kernel.name
         for layout, part in batch.lengths.items()
     }
     if len(set(chosen.values())) == 1:

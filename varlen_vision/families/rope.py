@@ -1,22 +1,17 @@
-"""Rotary position embedding as the vision towers apply it.
-
-Source: RoFormer (arXiv 2104.09864). Most towers use the half-split form of transformers'
-`apply_rotary_pos_emb_vision`: float32 arithmetic, one angle per pair (i, i + R/2), where R is the width of
-the tables; channels from R on pass through. Some pair neighbours, (2i, 2i + 1).
-"""
+"""Which rotary position embedding a vision tower applies; `kernels/rope.py` computes it."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from varlen_vision.kernels.rope import rotate, rotate_pairs
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -34,73 +29,6 @@ class Rotation:
     name: str
     apply: Rotate
     own: Rotate | None = None
-
-
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their position, pairs being (i, i + R/2).
-
-    Args:
-        q: (T, H, D); k: (T, H_k, D).
-        cos: (T, R) cosines of the angles, R <= D even, any float dtype; sin likewise.
-
-    Returns:
-        q and k, rotated in float32 (float64 for float64 inputs) and rounded back to their dtype. On a GPU in
-        one Triton kernel, where Triton is installed; a compiled graph fuses the plain form by itself.
-    """
-    if _takes_kernel(q, cos, sin) and (fused := _fused()) is not None:
-        rotated: tuple[Tensor, Tensor] = fused.rotate(q, k, cos, sin)
-        return rotated
-    return rotate_plain(q, k, cos, sin)
-
-
-def _takes_kernel(q: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
-        return False
-    return q.is_cuda and q.dtype != torch.float64 and cos.shape[-1] == q.shape[-1]
-
-
-def rotate_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotate` in PyTorch's own operations, on any device."""
-    return _rotate_both(q, k, cos, sin, _turn_halves)
-
-
-def rotate_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotate` for neighbouring pairs, (2i, 2i + 1)."""
-    return _rotate_both(q, k, cos, sin, _turn_neighbours)
-
-
-def _turn_halves(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def _turn_neighbours(x: Tensor) -> Tensor:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((-odd, even), dim=-1).flatten(-2)
-
-
-def _rotate_both(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    work = torch.promote_types(q.dtype, torch.float32)
-    cos = cos.unsqueeze(-2).to(work)
-    sin = sin.unsqueeze(-2).to(work)
-    return _rotate_one(q, cos, sin, turn), _rotate_one(k, cos, sin, turn)
-
-
-def _rotate_one(x: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-    width = cos.shape[-1]
-    wide = x[..., :width].to(cos.dtype)
-    turned = (wide * cos + turn(wide) * sin).to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
-
-
-@cache
-def _fused() -> ModuleType | None:
-    try:
-        return importlib.import_module("varlen_vision.families.rope_triton")
-    except ImportError:  # Triton comes with PyTorch's CUDA builds for Linux, not with others
-        return None
 
 
 def tables(rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,10 @@ class Request:
     segments: int = 1
     mean_seqlen: float = 0.0
     """Mean length of the non-empty segments, in tokens; 0 where it is not known."""
+    max_seqlen: int | None = None
+    """Length of the longest segment, in tokens, as the kernel is told it; None where it is not known."""
+    may_change: bool = False
+    """`cu_seqlens` will hold other values when the same call runs again, in a recorded CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Call:
     softmax_scale: float
     causal: bool = False
     dropout_p: float = 0.0
+    rotary: tuple[Tensor, Tensor] | None = None
+    """cos and sin, (T, D) each, by which the kernel is to rotate q and k; only where it declares `rotary`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,11 @@ class Kernel:
     """Lowest and highest CUDA compute capability, both included."""
     head_dim_multiple: int = 1
     max_head_dim: int | None = None
+    head_dims: frozenset[int] | None = None
+    """The only head_dims that it takes; None is all within the two limits above."""
     max_segments: int | None = None
+    max_seqlen: int | None = None
+    """Tokens of the longest segment that it takes."""
     backward: bool = True
     backward_head_dims: frozenset[int] | None = None
     """The only head_dims whose gradients are right; None is all of them."""
@@ -75,6 +85,10 @@ class Kernel:
     cross: bool = True
     """Takes keys cut differently from the queries."""
     dropout: bool = False
+    host_lengths: bool = False
+    """Which pieces it works on follows from the lengths on the host, not from `cu_seqlens` on the device."""
+    rotary: bool = False
+    """Rotates q and k itself, as it reads them."""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Extra keyword arguments that it takes, with their allowed values; the first is the default."""
     auto: bool = True
@@ -101,8 +115,15 @@ class Kernel:
             reasons.append(f"head_dim is {request.head_dim}, it takes multiples of {self.head_dim_multiple}")
         if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
             reasons.append(f"head_dim is {request.head_dim}, it takes at most {self.max_head_dim}")
+        if self.head_dims is not None and request.head_dim not in self.head_dims:
+            taken = ", ".join(map(str, sorted(self.head_dims)))
+            reasons.append(f"head_dim is {request.head_dim}, it takes {taken}")
         if self.max_segments is not None and request.segments > self.max_segments:
             reasons.append(f"{request.segments} segments, it takes at most {self.max_segments}")
+        if self.max_seqlen is not None and (request.max_seqlen or 0) > self.max_seqlen:
+            reasons.append(f"max_seqlen is {request.max_seqlen}, it takes at most {self.max_seqlen}")
+        if self.host_lengths and request.may_change:
+            reasons.append("cu_seqlens may change (a CUDA graph), it works by the lengths on the host")
         if request.needs_grad and not self.backward:
             reasons.append("gradients are needed, it has no backward")
         elif request.needs_grad and request.head_dim not in (self.backward_head_dims or {request.head_dim}):
@@ -123,6 +144,8 @@ class Kernel:
         if not self.auto:
             return ("kept as a baseline or oracle, used only when asked for by name",)
         reasons = self.refusals(request)
+        if not reasons and self.max_seqlen is not None and request.max_seqlen is None:
+            reasons = (f"max_seqlen is not known, it takes at most {self.max_seqlen}",)
         if not reasons and request.mean_seqlen < self.auto_min_seqlen:
             reasons = (
                 f"segments average {request.mean_seqlen:.0f} tokens; below {self.auto_min_seqlen:.0f} "

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from varlen_vision.errors import KernelError
+from varlen_vision.kernels import window_triton
 from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.kernels.spec import HALF, Kernel, Request
 
@@ -16,6 +17,20 @@ from varlen_vision.kernels.spec import HALF, Kernel, Request
 # the segments into the second dimension of its launch grid (csrc/flash_attn/src/flash_fwd_launch_template.h),
 # which CUDA limits to 65,535.
 _KERNELS = (
+    Kernel(
+        name="window_triton",
+        calls="a Triton kernel of varlen_vision, one tile per segment and head, RoPE included",
+        install="Triton comes with PyTorch's CUDA builds for Linux",
+        dtypes=HALF,
+        cuda_only=True,
+        capabilities=((8, 0), (99, 9)),
+        head_dims=frozenset(window_triton.HEAD_DIMS),
+        max_seqlen=128,
+        backward=False,
+        causal=False,
+        cross=False,
+        rotary=True,
+    ),
     Kernel(
         name="flash_attn_4",
         calls="flash_attn.cute.flash_attn_varlen_func",
@@ -70,6 +85,7 @@ _KERNELS = (
         install="part of torch",
         cross=False,
         dropout=True,
+        host_lengths=True,
     ),
     Kernel(
         name="sdpa_mask",
@@ -77,6 +93,7 @@ _KERNELS = (
         install="part of torch",
         causal=False,
         dropout=True,
+        host_lengths=True,
         options=(("mask_build", tuple(MASK_BUILDS)),),
         auto=False,
     ),
