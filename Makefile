@@ -9,7 +9,7 @@ TRITON ?= triton==3.9.0; sys_platform == 'linux'
 CONSTRAINTS ?= $(shell ls constraints/transformers-*.txt | sort -V | tail -n 1)
 BIN := .venv/bin
 
-.PHONY: compare test lint test-versions test-ci-versions test-latest families test-gpu clean
+.PHONY: compare test lint test-versions test-ci-versions test-latest families test-gpu bench-gpu clean
 
 # torch is left out of the constraints, so that one that is there already, or TORCH, stays.
 .venv/.installed: setup.py pyproject.toml $(CONSTRAINTS)
@@ -52,6 +52,10 @@ lint: .venv/.installed
 # Runs in the Python at hand, since a GPU machine brings its own torch.
 test-gpu:  ## kernels and towers on a CUDA GPU
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu -m gpu
+
+# BENCH takes options: make bench-gpu BENCH='--no-towers --training --first-token --cold-start --window'
+bench-gpu:  ## the fast tower of Qwen2.5-VL on a CUDA GPU against its floor and the alternatives, in parity first
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) scripts/bench_gpu.py --json results/bench.json $(or $(BENCH),--tower qwen2_5_vl --window)
 
 clean:
 	rm -rf .venv .nox build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -107,7 +107,7 @@ def _row(
     def forward(module: nn.Module = model) -> Tensor:
         return zoo.output(tower, module(**inputs))
 
-    reference = _exact(tower, model)
+    reference = exact_output(tower, model)
     plain = relative_error(forward(), reference)
     report = swap_attention(model)
     gate = judge(forward(), reference, plain, dtype)
@@ -130,7 +130,7 @@ def _row(
     return row(timings[PLAIN], timings[VARLEN], memory[PLAIN], memory[VARLEN])
 
 
-def _exact(tower: zoo.Tower, model: nn.Module) -> Tensor:
+def exact_output(tower: zoo.Tower, model: nn.Module) -> Tensor:
     """The original's output, its weights and arithmetic in float64; the pixels are the same numbers.
 
     One image after another: a dense mask in float64 over all of a batch is more than a GPU holds, and images

@@ -26,7 +26,8 @@ class TowerShape:
         layouts: for each layer the layout that cuts its segments.
         patch_weights: multiplications that one patch meets in the patch embedding and in the products of all
             blocks: the entries of their weight matrices.
-        merged_weights: the same for one merge unit of `unit` patches, in the mergers (deepstack ones too).
+        merged_weights: the same for one merge unit of `unit` patches, in all products after the blocks:
+            mergers, deepstack ones too, and a convolution over the unit.
         unit: patches per merge unit.
     """
 
@@ -53,20 +54,26 @@ def tower_shape(tower: Any, family: Family) -> TowerShape:
     channels = int(getattr(config, "embed_dim", None) or config.hidden_size)
     layouts = family.layouts(config)
     full = config.fullatt_block_indexes if "windows" in layouts else range(len(tower.blocks))
-    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    per_patch = _product_weights(tower.patch_embed) + _product_weights(tower.blocks)
     return TowerShape(
         channels=channels,
         heads=int(config.num_heads),
         layouts=tuple("frames" if layer in full else "windows" for layer in range(len(tower.blocks))),
-        patch_weights=_product_weights([tower.patch_embed, tower.blocks]),
-        merged_weights=_product_weights(mergers),
+        patch_weights=per_patch,
+        merged_weights=_product_weights(tower) - per_patch,
         unit=int(config.spatial_merge_size) ** 2,
     )
 
 
-def _product_weights(modules: Iterable[nn.Module]) -> int:
-    """Entries of all weights that multiply activations: matrices and convolution kernels."""
-    return sum(weight.numel() for module in modules for weight in module.parameters() if weight.ndim > 1)
+def _product_weights(part: nn.Module) -> int:
+    """Entries of all weights that multiply activations: matrices and convolution kernels, not tables."""
+    return sum(
+        weight.numel()
+        for module in part.modules()
+        if not isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1
+    )
 
 
 def tower_flops(shape: TowerShape, lengths: Mapping[str, tuple[int, ...]]) -> int:

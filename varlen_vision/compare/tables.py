@@ -56,7 +56,7 @@ class _Column:
     optional: bool = False
 
 
-_TEXT = frozenset({"", "value", "note", "why not"})
+_TEXT = frozenset({"", "value", "note", "why not", "path", "wanted", "verdict"})
 _WHOLE = frozenset({"", "ms"})
 
 

@@ -36,13 +36,14 @@ class AlignedMLP(nn.Module):
     Args:
         original: the MLP; stays what it was but for where its weights lie, and is given back by hand_back.
         structure: how that is built.
+        padded: width of its products in channels, at least the structure's; default aligned_width of that.
     """
 
     rows: Tensor
     columns: Tensor
     bias: Tensor | None
 
-    def __init__(self, original: nn.Module, structure: MLPStructure) -> None:
+    def __init__(self, original: nn.Module, structure: MLPStructure, padded: int | None = None) -> None:
         super().__init__()
         for table in nn.Module().__dict__:
             self.__dict__[table] = original.__dict__[table]
@@ -50,7 +51,7 @@ class AlignedMLP(nn.Module):
         self.__dict__["original"] = original
         self._take(None)
         self.structure = structure
-        self.padded = aligned_width(structure.width)
+        self.padded = aligned_width(structure.width) if padded is None else padded
         self.silu = structure.gate is not None and is_silu(structure.activate(original))
         self.ready = False
         self.why_not: str | None = None

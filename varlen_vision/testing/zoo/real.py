@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from varlen_vision.testing.dimensions import FAMILIES
-from varlen_vision.testing.zoo.batches import Size
 from varlen_vision.testing.zoo.table import TOWERS, Tower
 
 
@@ -88,22 +87,30 @@ REAL: dict[str, Real] = {
 }
 
 
-def real_tower(name: str, pixels: tuple[tuple[int, int], ...], *, tiny: bool = False) -> Tower:
+def real_tower(
+    name: str, pixels: tuple[tuple[int, int], ...], *, frames: int = 1, tiny: bool = False
+) -> Tower:
     """The zoo's tower of `name` at released size.
 
     Args:
         name: a key of REAL.
         pixels: width and height of the images of its batch; each side is rounded to whole merge units.
+        frames: of each, in patches; where its model hands each frame over as an entry, so many entries.
         tiny: with the zoo's own dimensions, to try a measurement on batches of released size.
     """
     real = REAL[name]
     tower = next(tower for tower in TOWERS if tower.name == name)
     settings = tower.settings if tiny else real.settings
-    return replace(tower, settings=settings, images=tuple(_patches(size, real) for size in pixels))
+    entries = tuple(_patches(size, real) for size in pixels)
+    if any(size[0] > 1 for size in tower.images):
+        images = tuple((frames, *size) for size in entries)
+    else:
+        images = tuple((1, *size) for size in entries for _ in range(frames))
+    return replace(tower, settings=settings, images=images)
 
 
-def _patches(size: tuple[int, int], real: Real) -> Size:
+def _patches(size: tuple[int, int], real: Real) -> tuple[int, int]:
     unit = real.patch_size * real.merge
     scale = min(1.0, (real.longest or max(size)) / max(size))
     width, height = (max(1, round(scale * side / unit)) * real.merge for side in size)
-    return (1, height, width)
+    return height, width
