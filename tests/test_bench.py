@@ -35,6 +35,7 @@ from varlen_vision.swap import swap_attention
 from varlen_vision.testing import zoo
 from varlen_vision.testing.dimensions import FAMILIES
 from varlen_vision.tower.aligned import AlignedMLP
+from varlen_vision.tower.compiled_blocks import is_compiled
 from varlen_vision.tower.patches import PatchProduct
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
@@ -145,7 +146,7 @@ def test_the_fused_baseline_pads_nothing_and_has_one_kernel() -> None:
         assert isinstance(block.mlp, AlignedMLP) and block.mlp.ready
         assert block.mlp.padded == 90 and block.mlp.columns.shape[1] == 90
         assert block.attn.kernel == "sdpa_segments"
-        assert block._compiled_call_impl is not None
+        assert is_compiled(block)
     assert isinstance(model.patch_embed.proj, PatchProduct)
 
 

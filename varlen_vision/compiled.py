@@ -2,8 +2,6 @@
 
 Which lengths a batch has and which kernel they call for is Python that a graph cannot hold. torch.compile
 sees one opaque operator with symbolic sizes: no graph break, and no recompilation when images change.
-
-Source: PyTorch's custom operators, https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varlen_vision.kernels import flash_attn_varlen_func
+from varlen_vision.operators import define
 from varlen_vision.segments import current_reader
 
 
@@ -46,13 +45,12 @@ def attention(
             "config, or do not compile the vision blocks"
         )
     text = ",".join(f"{name}={value}" for name, value in options.items())  # an operator takes no dictionary
-    result: Tensor = torch.ops.varlen_vision.attention(
+    result: Tensor = _FORWARD(
         q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, text, *(rotary or (None, None))
     )
     return result
 
 
-@torch.library.custom_op("varlen_vision::attention", mutates_args=())
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -68,12 +66,10 @@ def _attention(
     return _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin).contiguous()
 
 
-@_attention.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
+def _empty(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("varlen_vision::attention_backward", mutates_args=())
 def _attention_backward(
     gradient: Tensor,
     q: Tensor,
@@ -108,8 +104,7 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-@_attention_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
+def _empty_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in (q, k, v)]
 
 
@@ -120,11 +115,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    gradients = torch.ops.varlen_vision.attention_backward(gradient, *tensors[:4], *ctx.rest, *tensors[4:])
+    gradients = _BACKWARD(gradient, *tensors[:4], *ctx.rest, *tensors[4:])
     return (*gradients, None, None, None, None, None, None, None)
-
-
-_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _run(
@@ -154,3 +146,8 @@ def _run(
         reader=current_reader(),
         **named,
     )
+
+
+_FORWARD = define("attention", _attention, _empty)
+_BACKWARD = define("attention_backward", _attention_backward, _empty_gradients)
+torch.library.register_autograd("varlen_vision::attention", _backward, setup_context=_save)

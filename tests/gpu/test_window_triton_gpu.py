@@ -92,7 +92,8 @@ class TestVariants:
             tuple(torch.cat((t, t[..., :3]), dim=-1)[..., 3:] for t in qkv),
             tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv),
         ):
-            judge(attend(views, lengths, rotary), views, lengths, rotary)
+            # The yardstick gets copies: cuDNN fails on some of these layouts.
+            judge(attend(views, lengths, rotary), tuple(t.contiguous() for t in views), lengths, rotary)
 
     @pytest.mark.parametrize("value", ["other", "huge", "nan"])
     def test_a_segment_knows_nothing_of_its_neighbours(self, lengths: list[int], value: str) -> None:

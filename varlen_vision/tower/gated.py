@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varlen_vision.operators import define
+
 
 def silu_mul(inner: Tensor) -> Tensor:
     """silu of the first half of each row times the second half.
@@ -28,7 +30,7 @@ def silu_mul(inner: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and inner.requires_grad:
         return _plain(inner)
-    result: Tensor = torch.ops.varlen_vision.silu_mul(inner)
+    result: Tensor = _OPERATOR(inner)
     return result
 
 
@@ -47,7 +49,6 @@ def _plain(inner: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@torch.library.custom_op("varlen_vision::silu_mul", mutates_args=())
 def _silu_mul(inner: Tensor) -> Tensor:
     if inner.is_cuda and inner.dtype != torch.float64 and (kernel := _kernel()) is not None:
         result: Tensor = kernel.silu_mul(inner)
@@ -55,8 +56,7 @@ def _silu_mul(inner: Tensor) -> Tensor:
     return _plain(inner)
 
 
-@_silu_mul.register_fake
-def _(inner: Tensor) -> Tensor:
+def _empty(inner: Tensor) -> Tensor:
     return inner.new_empty((*inner.shape[:-1], inner.shape[-1] // 2))
 
 
@@ -66,3 +66,6 @@ def _kernel() -> ModuleType | None:
         return importlib.import_module("varlen_vision.tower.gated_triton")
     except ImportError:  # Triton comes with PyTorch's CUDA builds for Linux, not with others
         return None
+
+
+_OPERATOR = define("silu_mul", _silu_mul, _empty)

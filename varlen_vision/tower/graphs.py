@@ -20,7 +20,7 @@ from varlen_vision.plan.grids import read_rows
 from varlen_vision.scopes import scope_of
 from varlen_vision.tower.buckets import Filled, bucket_tokens, fill_up, filling, segments_of
 from varlen_vision.tower.fingerprint import Fingerprint
-from varlen_vision.vision_plan import plan_rows
+from varlen_vision.vision_plan import VisionPlan, plan_rows
 
 # Graphs kept; all share one pool of memory, whose size is that of the largest.
 MAX_GRAPHS = 32
@@ -128,7 +128,7 @@ class GraphedTower:
         if extra is None:
             return None
         plan = plan_rows((*rows, *extra), scope.recipe, pixels.device)
-        return pixels, fill_up(plan), tokens
+        return pixels, _filled(plan), tokens
 
     def _run(
         self, pixels: Tensor, filled: Filled, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -209,6 +209,14 @@ class GraphedTower:
     def _pixels_name(self) -> str:
         scope = scope_of(self.tower)
         return scope.parameters[0] if scope is not None else ""
+
+
+def _filled(plan: VisionPlan) -> Filled:
+    """`fill_up(plan)`, kept with the plan: a batch that comes again costs a look-up."""
+    found: Filled | None = plan.__dict__.get("filled")
+    if found is None:
+        found = plan.__dict__["filled"] = fill_up(plan)
+    return found
 
 
 def why_not_graphed(tower: nn.Module) -> str | None:

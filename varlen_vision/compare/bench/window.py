@@ -16,9 +16,10 @@ from varlen_vision.compare.gate import judge
 from varlen_vision.compare.results import Row, WorkloadResult
 from varlen_vision.compare.speed import with_speed
 from varlen_vision.compare.timing import stopwatch
-from varlen_vision.families.rope import rotate, rotate_plain, tables
+from varlen_vision.families.rope import tables
 from varlen_vision.kernels import KERNELS as TABLE
 from varlen_vision.kernels import choose, flash_attn_varlen_func
+from varlen_vision.kernels.rope import rotate_plain
 from varlen_vision.kernels.spec import Request
 from varlen_vision.parity import relative_error
 from varlen_vision.segments import Segments
@@ -43,9 +44,10 @@ class _Inputs:
 
     def attend(self, kernel: str) -> Tensor:
         """What is measured."""
-        cu = self.segments.cu_seqlens
-        q, k = rotate(self.q, self.k, self.cos, self.sin)
-        return flash_attn_varlen_func(q, k, self.v, cu, cu, LENGTH, LENGTH, kernel=kernel)
+        cu, rotary = self.segments.cu_seqlens, (self.cos, self.sin)
+        return flash_attn_varlen_func(
+            self.q, self.k, self.v, cu, cu, LENGTH, LENGTH, rotary=rotary, kernel=kernel
+        )
 
     def plain(self) -> Tensor:
         """The same in PyTorch's own operations."""
@@ -64,7 +66,9 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
     inputs = _inputs(windows, setup)
     reference = inputs.double().plain()
     yardstick = relative_error(inputs.plain(), reference)
-    request = Request(setup.device, setup.dtype, HEAD_DIM, segments=windows, mean_seqlen=float(LENGTH))
+    request = Request(
+        setup.device, setup.dtype, HEAD_DIM, segments=windows, mean_seqlen=float(LENGTH), max_seqlen=LENGTH
+    )
     candidates: list[Candidate] = []
     for name in KERNELS:
         if name != "auto" and (reasons := TABLE[name].refusals(request)):

@@ -1,0 +1,33 @@
+"""Operators of our own for compiled graphs, defined at the dispatcher.
+
+`torch.library.custom_op` also checks each call for aliases and wraps each function several times, which costs
+the host more than a small kernel takes; a tower calls two operators per block.
+
+Source: PyTorch's custom operators, https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "varlen_vision"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Make `function` an operator for all devices, and return it.
+
+    Args:
+        name: under which it is `torch.ops.varlen_vision.<name>`.
+        function: annotated, so that its schema can be inferred; writes into none of its arguments, and
+            returns none of them nor a view of one.
+        fake: gives empty tensors of the shapes, dtypes and strides that `function` returns.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(qualified, fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
