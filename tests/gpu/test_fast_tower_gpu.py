@@ -1,4 +1,4 @@
-"""The fast tower on the GPU: every mode in parity over many batches, graphs fed anew, no host stop, memory."""
+"""The fast tower on the GPU: every mode in parity over many batches, graphs fed anew, no host stop."""
 
 from __future__ import annotations
 
