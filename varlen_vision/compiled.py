@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varlen_vision import compiled_training
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.operators import define
 from varlen_vision.segments import current_reader
@@ -32,9 +33,9 @@ def attention(
 ) -> Tensor:
     """`flash_attn_varlen_func` for self-attention, as an operator; shapes as there.
 
-    The backward runs the forward once more, RoPE included, since an operator can hand no graph of its own
-    over; the tables of `rotary` get no gradients. Dropout would draw other numbers there, so it is refused
-    while gradients are needed.
+    The backward of FlashAttention-2 is its own (compiled_training.py). That of other kernels runs the forward
+    once more, RoPE included, since an operator can hand no graph of its own over. The tables of `rotary` get
+    no gradients. Dropout would draw other numbers in a second forward, so it is refused.
 
     Raises:
         ValueError: dropout_p > 0.
@@ -44,6 +45,9 @@ def attention(
             "attention dropout is above 0 and the model is compiled and in training; set it to 0 in the "
             "config, or do not compile the vision blocks"
         )
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad and not options and compiled_training.can_save(q, k, kernel):
+        return compiled_training.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, rotary)
     text = ",".join(f"{name}={value}" for name, value in options.items())  # an operator takes no dictionary
     result: Tensor = _FORWARD(
         q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, text, *(rotary or (None, None))

@@ -12,8 +12,11 @@ from torch.nn.functional import silu
 
 from tests.gpu.test_compile_gpu import BATCHES, run
 from tests.gpu.test_towers_gpu import wide_tower
+from tests.rotated import tables
+from tests.tolerance import cumulative
 from tests.towers import batch, exact, merged
-from varlen_vision import optimize_vision, restore_vision, swap_attention
+from varlen_vision import compiled_training, optimize_vision, restore_vision, swap_attention
+from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.parity import budget, relative_error
 from varlen_vision.tower.gated import silu_mul
 from varlen_vision.tower.graphs import GraphedTower
@@ -140,3 +143,32 @@ def test_silu_mul_beyond_32_bits() -> None:
     found = silu_mul(inner)[-3:]
     gate, up = inner[-3:].float().chunk(2, dim=-1)
     assert torch.allclose(found.float(), silu(gate) * up, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+def test_gradients_from_what_the_forward_saved(head_dim: int) -> None:
+    """FlashAttention-2's own backward with RoPE around it, against float64."""
+    lengths = (1, 3, 64, 65, 111, 700)
+    total, cut = sum(lengths), cumulative(lengths, "cuda")
+    packed = torch.randn(total, 3, 4, head_dim, device="cuda").bfloat16()
+    weight = torch.randn(total, 4, head_dim, device="cuda")
+    cos, sin = tables(total, head_dim, device="cuda")
+
+    def gradients(inputs: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+        leaf = inputs.clone().requires_grad_()
+        q, k, v = leaf.unbind(1)
+        if kernel == "saved":
+            output = compiled_training.attention(q, k, v, cut, None, None, (cos, sin))
+        else:
+            rotary = (cos.to(inputs.dtype), sin.to(inputs.dtype)) if kernel == "reference" else (cos, sin)
+            output = flash_attn_varlen_func(q, k, v, cut, cut, None, None, rotary=rotary, kernel=kernel)
+        (output * weight.to(output.dtype)).sum().backward()
+        assert leaf.grad is not None
+        return output.detach(), leaf.grad
+
+    assert compiled_training.can_save(packed[:, 0], packed[:, 1], "auto")
+    truths = gradients(packed.double(), "reference")
+    plain = gradients(packed, "sdpa_segments")
+    for ours, base, truth in zip(gradients(packed, "saved"), plain, truths, strict=True):
+        error, most = relative_error(ours, truth), budget(relative_error(base, truth), torch.bfloat16)
+        assert error.within(most), f"{error} for {most}"

@@ -44,6 +44,31 @@ def rotate_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return _rotate_both(q, k, cos, sin, _turn_halves)
 
 
+def rotate_back(q_grad: Tensor, k_grad: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `rotate`'s inputs from those of its outputs: the transposed rotation.
+
+    Args:
+        q_grad, k_grad, cos, sin: shaped as q, k and the tables of `rotate`.
+
+    Returns:
+        Gradients of q and k, in float32 arithmetic, in the dtype of q_grad and k_grad.
+    """
+    if _takes_kernel(q_grad, cos, sin) and (fused := _fused()) is not None:
+        turned: tuple[Tensor, Tensor] = fused.rotate_back(q_grad, k_grad, cos, sin)
+        return turned
+    work = torch.promote_types(q_grad.dtype, torch.float32)
+    cos, sin = (table.unsqueeze(-2).to(work) for table in (cos, sin))
+    return _rotate_one_back(q_grad, cos, sin), _rotate_one_back(k_grad, cos, sin)
+
+
+def _rotate_one_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    wide = x[..., :width].to(cos.dtype)
+    first, second = (wide * sin).chunk(2, dim=-1)
+    turned = (wide * cos + torch.cat((second, -first), dim=-1)).to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
 def rotate_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotate` for neighbouring pairs, (2i, 2i + 1)."""
     return _rotate_both(q, k, cos, sin, _turn_neighbours)

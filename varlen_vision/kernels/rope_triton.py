@@ -124,3 +124,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     cos, sin = cos.contiguous(), sin.contiguous()
     rotated: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
+
+
+def rotate_back(q_grad: Tensor, k_grad: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rotate's q and k from those of its results; shapes as there."""
+    return _launch(q_grad, k_grad, cos.contiguous(), sin.contiguous(), transposed=True)

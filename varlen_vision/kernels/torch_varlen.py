@@ -7,6 +7,7 @@ import math
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varlen_vision.kernels.spec import Call
@@ -53,3 +54,44 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         **keywords(accepted, call.softmax_scale, call.causal, grouped=q.shape[1] != k.shape[1]),
     )
     return output
+
+
+def forward_saved(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Attention, and what its backward needs beside the inputs.
+
+    The operator below `varlen_attn`, for a caller that has a backward of its own: no dropout, no causal mask.
+
+    Returns:
+        (T, H, D) in q's dtype, and the logarithms of the softmax's sums, (H, T) float32.
+    """
+    output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *_cuts(call), 0.0, False, False, scale=call.softmax_scale
+    )
+    return output, logsumexp
+
+
+def backward_saved(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, logsumexp: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of `forward_saved`'s output and what it returned."""
+    # Of dropout, which there is none of: where its random numbers began.
+    no_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        gradient,
+        q,
+        k,
+        v,
+        output,
+        logsumexp,
+        *_cuts(call),
+        0.0,
+        False,
+        no_state,
+        torch.empty(0, device=q.device),
+        scale=call.softmax_scale,
+    )
+    return gradients
+
+
+def _cuts(call: Call) -> tuple[Tensor, Tensor, int, int]:
+    return call.segments_q.cu_seqlens, call.segments_k.cu_seqlens, call.max_seqlen_q, call.max_seqlen_k
