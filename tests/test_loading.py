@@ -80,10 +80,12 @@ def test_arguments_reach_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> Non
     model, info = load_model(path, output_loading_info=True)
     assert kernels(model) == {"sdpa_segments"} and not info["missing_keys"]
 
+    made = tower(FAMILY)  # now: making the first one of a process goes through load_model
+
     class Recorder:
         def from_pretrained(self, name: Path, **kwargs: Any) -> nn.Module:
             self.name, self.kwargs = name, kwargs
-            return tower(FAMILY)
+            return made
 
     recorder = Recorder()
     monkeypatch.setattr(loading, "_loader", lambda config, trust_remote_code: recorder)

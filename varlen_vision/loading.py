@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from varlen_vision.errors import LoadError
@@ -19,7 +18,7 @@ from varlen_vision.kernels.table import KERNELS, check_kernel
 from varlen_vision.shards import FILE_LOCATION
 from varlen_vision.swap import swap_attention
 from varlen_vision.tower import MODES, optimize_vision
-from varlen_vision.versions import warn_if_untested
+from varlen_vision.versions import spell_dtype, warn_if_untested
 from varlen_vision.vision_only import load_tower
 
 # What AutoConfig needs to find the same files as from_pretrained will.
@@ -69,7 +68,7 @@ def load_model(
     options = _check_arguments(attn, kernel, mask_build)
     _check_optimize(optimize, attn)
     warn_if_untested(transformers.__version__)
-    kwargs = _spell_dtype(dict(from_pretrained_kwargs))
+    kwargs = spell_dtype(dict(from_pretrained_kwargs))
     config = _config(name_or_path, kwargs)
     vision_attn = attn if not options else "sdpa"  # what is swapped out should run without extra packages
     asked = kwargs.pop("attn_implementation", None)
@@ -268,10 +267,3 @@ def _spell_attn_implementation(
     for name in config.sub_configs:
         getattr(config, name)._attn_implementation = by_part.get(name)
     return {"config": config}
-
-
-def _spell_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`dtype` is how transformers 4.56 and newer spell `torch_dtype`; accept it on all."""
-    if "dtype" in kwargs and Version(transformers.__version__) < Version("4.56"):
-        kwargs["torch_dtype"] = kwargs.pop("dtype")
-    return kwargs

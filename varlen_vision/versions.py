@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -32,3 +34,10 @@ def warn_if_untested(installed: str) -> None:
         UntestedVersionWarning,
         stacklevel=3,
     )
+
+
+def spell_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`dtype` is how transformers 4.56 and newer spell `torch_dtype`; accept it on all."""
+    if "dtype" in kwargs and Version(version("transformers")) < Version("4.56"):
+        kwargs["torch_dtype"] = kwargs.pop("dtype")
+    return kwargs

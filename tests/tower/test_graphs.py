@@ -10,6 +10,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ class Pair:
     """A graphed tower, and what it should give."""
 
     def __init__(self, family: str, **options: Any) -> None:
+        if find_spec("transformers.vision_utils") is None:
+            pytest.skip("this release of transformers takes nothing planned, so nothing is recorded")
         self.plain, self.model = tower(family), tower(family)
         swap_attention(self.model, "reference")
         self.graphed = GraphedTower(self.model, rerun, **options)

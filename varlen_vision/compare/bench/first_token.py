@@ -31,6 +31,7 @@ from varlen_vision.testing import zoo
 from varlen_vision.testing.checkpoints import build_config
 from varlen_vision.testing.dimensions import FAMILIES, Size
 from varlen_vision.testing.tokenizer import token_ids
+from varlen_vision.versions import spell_dtype
 
 FIRST_TOKEN = "first token, whole model, batch"
 RECIPE = WORKLOADS["batch"]
@@ -103,7 +104,9 @@ def _build(family: str, size: Size, setup: Setup) -> _Whole:
     config = build_config(family, size)
     model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     with setup.device:
-        model = model_class._from_config(config, dtype=setup.dtype, attn_implementation="sdpa")
+        model = model_class._from_config(
+            config, attn_implementation="sdpa", **spell_dtype({"dtype": setup.dtype})
+        )
     model = model.to(setup.device).eval()
     for name, module in model.named_modules():
         if family_of_tower(module) is not None:

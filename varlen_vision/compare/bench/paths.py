@@ -18,7 +18,7 @@ from varlen_vision.swap import swap_attention
 from varlen_vision.tower import MODES, optimize_vision
 
 SDPA, FLASH_PATH, VARLEN, FUSED = "sdpa", "flash", "varlen", "fused_baseline"
-BASELINES = (SDPA, FUSED, VARLEN)
+BASELINES = (SDPA, FLASH_PATH, FUSED, VARLEN)
 
 # Calls after which a path is as fast as it gets; one that captures a graph may take a few to do so.
 WARM, WARM_CAPTURING = 2, 5

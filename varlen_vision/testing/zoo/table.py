@@ -157,7 +157,8 @@ TOWERS: tuple[Tower, ...] = (
         tower="Glm4vVisionModel",
         attention="Glm4vVisionAttention",
         config="Glm4vVisionConfig",
-        settings=_by_depth(128, image_size=112),
+        # As checkpoints have it; the default of transformers 4.53 is 1.
+        settings=_by_depth(128, image_size=112, temporal_patch_size=2),
         images=FRAMES,
     ),
     Tower(
