@@ -41,7 +41,7 @@ class PartReport:
 
     Attributes:
         part: such as 'aligned MLP'.
-        count: in how many blocks.
+        count: how many of it.
         how: what was done, or why not.
     """
 
@@ -50,7 +50,7 @@ class PartReport:
     how: str
 
     def __str__(self) -> str:
-        return f"{self.part} in {self.count} blocks: {self.how}" if self.count else f"{self.part}: {self.how}"
+        return f"{self.part}{f' ({self.count} of them)' if self.count else ''}: {self.how}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,3 +58,23 @@ def vision_blocks(model: nn.Module) -> Iterator[Block]:
 
 def _is_tower(module: nn.Module) -> bool:
     return scope_of(module) is not None or family_of_tower(module) is not None
+
+
+# What towers call the parts after their blocks, or between them, that bring patches together.
+_MERGERS = ("merger", "patch_merger", "downsample_merger", "deepstack_merger_list")
+
+
+def mergers(tower: nn.Module) -> Iterator[nn.Module]:
+    """The parts of `tower` that take patches, and nothing else, to merged tokens."""
+    for name in _MERGERS:
+        found = getattr(tower, name, None)
+        for module in found if isinstance(found, nn.ModuleList) else [found]:
+            if isinstance(module, nn.Module) and _takes_one(module):
+                yield module
+
+
+def _takes_one(module: nn.Module) -> bool:
+    try:
+        return len(inspect.signature(type(module).forward).parameters) == 2  # self, and the patches
+    except (TypeError, ValueError):
+        return False

@@ -30,19 +30,23 @@ def why_not_compiled(block: Block) -> str | None:
         return (
             "its attention is not swapped, and transformers' own breaks the graph; call swap_attention first"
         )
-    if block.module._compiled_call_impl is not None:
+    return why_module_not_compiled(block.module)
+
+
+def why_module_not_compiled(whole: nn.Module) -> str | None:
+    """Why a module cannot be one compiled graph, whatever it computes; None where it may."""
+    if whole._compiled_call_impl is not None:
         return "it is compiled already"
-    if replaced_forward(block.module) is not None:
+    if replaced_forward(whole) is not None:
         return "its forward was replaced on this very module"
-    for name, module in block.module.named_modules():
+    for name, module in whole.named_modules():
         if "_hf_hook" in module.__dict__:
-            where = name or "the block"
-            return f"{where} has a hook of accelerate (offload, a device map), which breaks the graph"
+            return f"{name or 'it'} has a hook of accelerate (offload, a device map), which breaks the graph"
     return None
 
 
 def compiler(backend: str) -> Call:
-    """A compiled forward for the blocks of one tower: `fullgraph`, and sizes as symbols.
+    """A compiled forward for modules of one kind in one tower: `fullgraph`, and sizes as symbols.
 
     torch.compile gives up on a function after eight graphs, and counts by code object; the blocks of all
     models share transformers' own. So each tower gets a function whose code is its own.
@@ -76,13 +80,13 @@ def _as_written(block: nn.Module) -> MethodType:
     return MethodType(type(block).forward, block)
 
 
-def compile_block(block: Block, call: Call) -> None:
-    """Let the block's forward be `call`."""
-    block.module.__dict__["forward"] = CompiledForward(block.module, call)
+def compile_module(module: nn.Module, call: Call) -> None:
+    """Let the forward of a block, or a merger, be `call`."""
+    module.__dict__["forward"] = CompiledForward(module, call)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether compile_block was called for this very module."""
+    """Whether compile_module was called for this very module."""
     return isinstance(module.__dict__.get("forward"), CompiledForward)
 
 

@@ -16,13 +16,14 @@ from varlen_vision.errors import OptimizeError
 from varlen_vision.placement import placement, why_unusable
 from varlen_vision.report import PartReport
 from varlen_vision.tower.aligned import AlignedMLP
-from varlen_vision.tower.blocks import Block, vision_blocks
+from varlen_vision.tower.blocks import Block, mergers, vision_blocks
 from varlen_vision.tower.compiled_blocks import (
     Call,
-    compile_block,
+    compile_module,
     compiler,
     is_compiled,
     undo_compile,
+    why_module_not_compiled,
     why_not_compiled,
 )
 from varlen_vision.tower.graphs import GraphedTower, cuda_recorder, why_not_graphed
@@ -59,6 +60,7 @@ class _Record:
     mode: str
     stand_ins: list[_StandIn] = field(default_factory=list)
     compiled: list[nn.Module] = field(default_factory=list)
+    mergers: list[nn.Module] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     graphed: GraphedTower | None = None
     handle: RemovableHandle | None = None
@@ -79,7 +81,7 @@ class _Record:
         if self.graphed is not None:
             self.graphed.tower._compiled_call_impl = None
             self.graphed.clear()
-        for module in self.compiled:
+        for module in (*self.compiled, *self.mergers):
             undo_compile(module)
         for one in self.stand_ins:
             if one.parent._modules.get(one.attribute) is one.module:
@@ -93,6 +95,8 @@ class _Record:
             yield PartReport("patch product", products, "the patch embedding's convolution as a product")
         if compiled := sum(map(is_compiled, self.compiled)):
             yield PartReport("compiled block", compiled, "one graph for all layers and batches")
+        if merging := sum(map(is_compiled, self.mergers)):
+            yield PartReport("compiled merger", merging, "as the blocks")
         if self.graphed is not None:
             counts = ", ".join(f"{count} {what}" for what, count in self.graphed.counts.most_common())
             yield PartReport("CUDA graphs", len(self.compiled), f"calls so far: {counts or 'none'}")
@@ -156,6 +160,8 @@ def optimize_vision(
             calls = {key: compiler(backend) for key in towers}
             for block in blocks:
                 _compile(block, records[id(block.tower)], calls[id(block.tower)])
+            for key, tower in towers.items():
+                _compile_mergers(records[key], tower, backend)
         if "graphs" in parts:
             for key, tower in towers.items():
                 _graph(records[key], tower)
@@ -246,6 +252,15 @@ def _found(tower: nn.Module, blocks: list[Block], record: _Record) -> Iterator[_
                     record.skipped.append(("patch product", f"{name}.{attribute} {reason}"))
 
 
+def _compile_mergers(record: _Record, tower: nn.Module, backend: str) -> None:
+    # Those of the last layer and of deepstack differ in how they are built: two kinds, one graph each.
+    call = compiler(backend)
+    for module in mergers(tower):
+        if record.compiled and why_module_not_compiled(module) is None:
+            compile_module(module, call)
+            record.mergers.append(module)
+
+
 def _graph(record: _Record, tower: nn.Module) -> None:
     if (reason := why_not_graphed(tower)) is not None:
         record.skipped.append(("CUDA graphs", reason))
@@ -259,5 +274,5 @@ def _compile(block: Block, record: _Record, call: Call) -> None:
     if reason is not None:
         record.skipped.append(("compiled block", reason))
         return
-    compile_block(block, call)
+    compile_module(block.module, call)
     record.compiled.append(block.module)

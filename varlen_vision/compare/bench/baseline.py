@@ -19,8 +19,8 @@ from varlen_vision.kernels.spec import Request
 from varlen_vision.scopes import scope_of
 from varlen_vision.swap import swap_attention
 from varlen_vision.tower.aligned import AlignedMLP
-from varlen_vision.tower.blocks import vision_blocks
-from varlen_vision.tower.compiled_blocks import compile_block, compiler
+from varlen_vision.tower.blocks import mergers, vision_blocks
+from varlen_vision.tower.compiled_blocks import compile_module, compiler
 from varlen_vision.tower.mlp import MLPError, describe_mlp
 from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, why_not_product
 from varlen_vision.vision_plan import VisionPlan
@@ -46,7 +46,10 @@ def put_on(model: nn.Module, request: Request, backend: str) -> str:
     merged = sum(_merge(parent) for parent in list(model.modules()))
     call = compiler(backend)
     for block in list(vision_blocks(model)):
-        compile_block(block, call)
+        compile_module(block.module, call)
+    merge = compiler(backend)
+    for merger in mergers(model):
+        compile_module(merger, merge)
     return f"{kernel} for all lengths, {merged} MLPs merged"
 
 
