@@ -215,3 +215,41 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
             model.patch_embed.requires_grad_()  # type: ignore[operator, union-attr]
         found.append(gradients(model, lambda model=model: run(GATED, model)))  # type: ignore[misc]
     assert_same_gradients(*found)
+
+
+def test_offloaded_blocks_are_not_compiled_and_still_right() -> None:
+    """A hook of accelerate brings weights for the call: nothing is laid out or compiled that it would miss."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = odd_tower(GATED)
+    swap_attention(model)
+    block: Any = model.blocks[0]  # type: ignore[index]
+    for layer in (block.mlp.gate_proj, block.mlp.down_proj):
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    reports = optimize_vision(model, "compile", backend="aot_eager")
+    how = {part.part: part.how for part in reports if part.count == 0}
+    assert "skipped in 1 blocks: mlp.gate_proj has a hook of accelerate" in how["compiled block"]
+    assert "gate_proj has a forward of its own (offload, or a hook of accelerate)" in how["aligned MLP"]
+    with torch.no_grad():
+        assert_same(run(GATED, model), run(GATED, odd_tower(GATED)))
+
+
+def test_lora_put_on_afterwards() -> None:
+    """The wrapped layer's MLP is set aside, its gradients are LoRA's alone, and merging brings it back."""
+    peft = pytest.importorskip("peft")
+    try:
+        config = peft.LoraConfig(target_modules=["up_proj"], r=2, init_lora_weights=False)
+        ours, theirs = odd_tower(GATED), odd_tower(GATED)
+        swap_attention(ours)
+        optimize_vision(ours, "products")
+        wrapped = []
+        for model in (ours, theirs):
+            torch.manual_seed(0)
+            wrapped.append(peft.inject_adapter_in_model(config, model))
+    except ImportError as error:
+        pytest.skip(f"this transformers refuses peft: {error}")
+    found = [gradients(model, lambda model=model: run(GATED, model)) for model in wrapped]  # type: ignore[misc]
+    assert_same_gradients(*found)
+    assert any(
+        "set aside: up_proj is a Linear, not a plain Linear" in part.how or "set aside" in part.how
+        for part in attention_report(ours).parts
+    )

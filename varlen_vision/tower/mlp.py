@@ -94,7 +94,8 @@ def looks_like_mlp(module: nn.Module) -> bool:
 def why_not_plain(layer: nn.Module) -> str | None:
     """Why a layer is more than a product with its weight (LoRA, quantised, hooked); None where it is not."""
     if type(layer) is not nn.Linear:
-        return f"is a {type(layer).__name__}, not a plain Linear"
+        package = type(layer).__module__.partition(".")[0]
+        return f"is a {type(layer).__name__} of {package}, not torch's Linear"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "has hooks of its own"
     if "forward" in layer.__dict__:
