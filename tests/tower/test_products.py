@@ -205,7 +205,7 @@ def test_a_wrapped_or_hooked_layer_sets_the_product_aside(name: str) -> None:
     for one in (mlp, plain.blocks[0].mlp):  # type: ignore[index, union-attr]
         setattr(one, attribute, Doubled(getattr(one, attribute)))
     assert_same(run(name, model), run(name, plain))
-    assert mlp.why_not == f"{attribute} is a Doubled, not a plain Linear"
+    assert mlp.why_not == f"{attribute} is a Doubled of {__name__.partition('.')[0]}, not torch's Linear"
     assert any("set aside" in part.how for part in attention_report(model).parts)
     setattr(mlp, attribute, getattr(mlp, attribute).inner)
     assert_same(run(name, model), run(name, odd_tower(name)))
@@ -244,7 +244,7 @@ def test_an_mlp_of_another_shape_is_left_with_the_reason() -> None:
     [
         (lambda mlp: delattr(mlp, "act_fn"), "no activation"),
         (lambda mlp: setattr(mlp, "down_proj", nn.Linear(80, 48)), "inner widths differ: 80, 90"),
-        (lambda mlp: setattr(mlp, "up_proj", nn.Identity()), "up_proj is a Identity"),
+        (lambda mlp: setattr(mlp, "up_proj", nn.Identity()), "up_proj is a Identity of torch"),
         (lambda mlp: setattr(mlp, "gain", nn.Parameter(torch.ones(1))), "parameters of its own"),
     ],
 )
