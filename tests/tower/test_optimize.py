@@ -218,7 +218,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_offloaded_blocks_are_not_compiled_and_still_right() -> None:
-    """A hook of accelerate brings weights for the call: nothing is laid out or compiled that it would miss."""
+    """A hook of accelerate brings weights for the call: nothing is laid out or compiled past it."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = odd_tower(GATED)
     swap_attention(model)
