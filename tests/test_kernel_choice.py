@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.machines import AMPERE, BLACKWELL, HOPPER, LIBRARIES, TURING, pretend_gpu
 from tests.tolerance import cumulative, packed
 from varlen_vision.errors import KernelError
-from varlen_vision.kernels import KERNELS, available_kernels, choose, flash_attn_varlen_func, spec
+from varlen_vision.histogram import Histogram
+from varlen_vision.kernels import KERNELS, available_kernels, choose, flash_attn_varlen_func
 from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.kernels.spec import Request
+from varlen_vision.kernels.table import forget_choices
 
 NAMES = [
     "window_triton",
@@ -26,8 +29,6 @@ NAMES = [
     "reference",
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
-LIBRARIES = {"flash_attn_4", "flash_attn_3", "flash_attn_2"}
 
 Pretend = Callable[[tuple[int, int], set[str]], None]
 
@@ -37,28 +38,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """Makes this machine look like one with a GPU of that capability and those libraries installed."""
 
     def machine(capability: tuple[int, int], installed: set[str]) -> None:
-        choose.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(
-            spec,
-            "why_missing",
-            lambda kernel: (
-                "not importable" if kernel.name in LIBRARIES and kernel.name not in installed else None
-            ),
-        )
+        forget_choices()
+        pretend_gpu(monkeypatch, capability, installed)
 
     yield machine
-    choose.cache_clear()  # what was chosen for the pretended machine must not outlive it
+    forget_choices()  # what was chosen for the pretended machine must not outlive it
 
 
 def request(
-    device: torch.device = CUDA, dtype: torch.dtype = torch.bfloat16, mean_seqlen: float = 64, **facts: object
+    device: torch.device = CUDA, dtype: torch.dtype = torch.bfloat16, mean_seqlen: int = 64, **facts: object
 ) -> Request:
     return Request(
         device=device,
         dtype=dtype,
-        mean_seqlen=mean_seqlen,
+        lengths=Histogram.of((mean_seqlen,)),
         **({"head_dim": 80} | facts),  # type: ignore[arg-type]
     )
 
@@ -111,7 +104,7 @@ def test_kernels_of_a_gpu_with_everything_installed(pretend: Pretend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mean_seqlen", [1, 64, 6144])
-def test_auto_on_the_cpu(dtype: torch.dtype, mean_seqlen: float) -> None:
+def test_auto_on_the_cpu(dtype: torch.dtype, mean_seqlen: int) -> None:
     choice = choose(request(CPU, dtype, mean_seqlen))
     assert choice.kernel.name == "sdpa_segments"
     assert [name for name, _ in choice.passed_over] == NAMES[:5]
@@ -159,7 +152,7 @@ AUTO = [
 def test_auto_on_a_gpu(
     capability: tuple[int, int],
     installed: set[str],
-    mean_seqlen: float,
+    mean_seqlen: int,
     facts: dict[str, object],
     expected: str,
     pretend: Pretend,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import pytest
 import torch
@@ -43,7 +44,12 @@ def test_lengths_and_cu_seqlens_round_trip(lengths: list[int]) -> None:
         assert len(segments) == len(lengths)
         assert segments.total == sum(lengths)
         assert segments.max_seqlen == max(lengths)
-        assert segments.mean_seqlen == pytest.approx(sum(lengths) / sum(n > 0 for n in lengths))
+        bars = segments.histogram.bars
+        assert [(n, count) for n, count, _ in bars] == sorted(Counter(n for n in lengths if n).items())
+        assert all(runs == sum(n == key for key, _ in groupby(lengths)) for n, _, runs in bars)
+        assert segments.histogram.tokens == sum(lengths)
+        assert segments.histogram.segments == sum(n > 0 for n in lengths)
+        assert segments.histogram is Segments.from_lengths(lengths).histogram
         assert segments.attended == sum(n**2 for n in lengths)
 
 

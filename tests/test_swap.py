@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from tests.towers import FAMILY_NAMES, batch, checkpoint, merged, tower, tower_inside
-from varlen_vision import attention, attention_report, load_model, restore_attention, swap_attention
+from varlen_vision import attention, attention_report, load_model, restore_attention, swap_attention, verify
 from varlen_vision import swap as swap_module
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import KernelError, ParityError, SegmentError, SwapError
+from varlen_vision.kernels import reference
+from varlen_vision.kernels.spec import Call
 
 FAMILY = "qwen2_5_vl"
 INT32 = partial(torch.tensor, dtype=torch.int32)
@@ -235,6 +238,32 @@ def test_one_deviating_block_keeps_all_from_being_swapped(model: nn.Module) -> N
     with pytest.raises(ParityError, match=r"blocks\.3\.attn \(Doubled\)"):
         swap_attention(model)
     assert_untouched(model, before, output)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_auto_is_checked_through_every_kernel_that_it_could_take(
+    model: nn.Module, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also through one that other lengths would call for: if that one errs, nothing is swapped."""
+    right, ran = reference.run, []
+
+    def run_reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        ran.append(q.dtype)
+        single = q.dtype == torch.float32  # the check's own reference is in float64
+        return right(q, k, v, replace(call, softmax_scale=0.5) if broken and single else call)
+
+    monkeypatch.setattr(reference, "run", run_reference)
+    monkeypatch.setattr(verify, "could_take", lambda request: ("sdpa_segments", "reference"))
+    before, output = modules(model), run(model)
+    if broken:
+        with pytest.raises(ParityError, match=r"the swapped attention \(reference\) differs"):
+            swap_attention(model)
+        assert_untouched(model, before, output)
+        return
+    report = swap_attention(model)
+    assert torch.float32 in ran
+    assert {block.kernel for block in report.blocks} == {"sdpa_segments"}
+    assert {module.kernel for module in model.modules() if isinstance(module, VarlenAttention)} == {"auto"}
 
 
 def test_a_failure_halfway_through_the_change_is_undone(

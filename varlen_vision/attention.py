@@ -148,10 +148,16 @@ class VarlenAttention(nn.Module):
         """Whether the original takes a plain batch when it is given no segments."""
         return self.structure.takes_cu_seqlens and "attention_mask" in self.structure.parameters
 
+    @property
+    def rotates_in_call(self) -> bool:
+        """Whether the attention call rotates q and k, where the tables are as usual: half-split."""
+        rotation = self.structure.rotation
+        return rotation is not None and rotation.apply is HALF.apply
+
     def _attends_rotated(self, cos: Tensor, sin: Tensor) -> bool:
         """Whether `_attend` can rotate q and k: half-split, all channels, no gradients for the tables."""
-        rotation, width = self.structure.rotation, self.structure.head_dim
-        if rotation is None or rotation.apply is not HALF.apply or cos.requires_grad or sin.requires_grad:
+        width = self.structure.head_dim
+        if not self.rotates_in_call or cos.requires_grad or sin.requires_grad:
             return False
         return cos.ndim == sin.ndim == 2 and cos.shape[1] == sin.shape[1] == width
 

@@ -15,6 +15,10 @@ class KernelError(VarlenVisionError, RuntimeError):
     """A kernel asked for by name cannot run on this request; the message says why."""
 
 
+class CostError(VarlenVisionError, ValueError):
+    """Measured times of kernels (see `varlen-vision tune`) cannot be read or saved."""
+
+
 class SwapError(VarlenVisionError, RuntimeError):
     """A model's attention could not be swapped or restored. The model is as it was before the call."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varlen_vision.errors import SegmentError
+from varlen_vision.histogram import Histogram
 
 # Distinct cu_seqlens kept between forwards. A tower has one or two layouts; recomputation in backward
 # (gradient checkpointing) meets them again after the forward is over.
@@ -115,9 +116,9 @@ class Segments:
         return sum(self.lengths)
 
     @cached_property
-    def mean_seqlen(self) -> float:
-        """Patches per segment that is not empty."""
-        return self.total / sum(1 for length in self.lengths if length)
+    def histogram(self) -> Histogram:
+        """How many segments there are of each length: what decides which kernel is fastest."""
+        return Histogram.of(self.lengths)
 
     @cached_property
     def attended(self) -> int:

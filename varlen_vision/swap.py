@@ -214,6 +214,7 @@ def _work(model: nn.Module, towers: Mapping[str, nn.Module], grid_thw: Any) -> t
             kernel=block.kernel,
             device=device,
             dtype=dtype,
+            rotary=block.rotates_in_call,
         )
     raise SwapError(
         f"grid_thw was given, but no vision tower of {type(model).__name__} is swapped, so it is not ours to "

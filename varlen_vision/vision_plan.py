@@ -216,6 +216,7 @@ class VisionPlan:
         device: torch.device | str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         needs_grad: bool = False,
+        rotary: bool = False,
     ) -> tuple[LayerWork, ...]:
         """What a layer of each kind does with this batch, and the kernel that it takes for it.
 
@@ -226,6 +227,7 @@ class VisionPlan:
             device: where the tower runs.
             dtype: of q, k and v.
             needs_grad: whether gradients follow.
+            rotary: whether the attention call rotates q and k, half-split.
 
         Raises:
             KernelError: no kernel can run there.
@@ -236,7 +238,12 @@ class VisionPlan:
                 kind=kind,
                 segments=len(cut),
                 max_seqlen=cut.max_seqlen,
-                kernel=choose(_request(cut, head_dim, device, dtype, needs_grad), kernel).kernel.name,
+                kernel=choose(
+                    Request.of(
+                        cut, device, dtype, head_dim, needs_grad=needs_grad, heads=heads, rotary=rotary
+                    ),
+                    kernel,
+                ).kernel.name,
                 flops=4 * heads * head_dim * cut.attended,
                 bytes=4 * heads * head_dim * cut.total * dtype.itemsize,
             )
@@ -285,24 +292,6 @@ def _exact(device: torch.device | str) -> torch.device:
     """With the index of the current GPU, where only 'cuda' was said."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-def _request(
-    cut: Segments, head_dim: int, device: torch.device, dtype: torch.dtype, needs_grad: bool
-) -> Request:
-    return Request(
-        device=device,
-        dtype=dtype,
-        head_dim=head_dim,
-        grouped_heads=False,
-        needs_grad=needs_grad,
-        causal=False,
-        dropout=False,
-        same_lengths=True,
-        segments=len(cut),
-        mean_seqlen=cut.mean_seqlen,
-        max_seqlen=cut.max_seqlen,
-    )
 
 
 def _shape(recipe: Recipe) -> str:

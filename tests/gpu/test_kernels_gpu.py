@@ -27,7 +27,7 @@ from varlen_vision.errors import KernelError
 from varlen_vision.kernels import KERNELS, available_kernels, choose, flash_attn_varlen_func
 from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.kernels.spec import HALF, Request
-from varlen_vision.segments import SegmentReader
+from varlen_vision.segments import SegmentReader, Segments
 
 DEVICE = torch.device("cuda", 0)
 HEADS = 4
@@ -82,7 +82,7 @@ def poison(like: Tensor) -> None:
 def test_something_is_tested() -> None:
     """The table is not empty: any GPU runs PyTorch's own kernels, and `auto` takes one that is tested."""
     assert {"sdpa_segments", "reference"} <= set(FAST)
-    request = Request(device=DEVICE, dtype=torch.bfloat16, head_dim=80, mean_seqlen=6144)
+    request = Request.of(Segments.from_lengths([6144]), DEVICE, torch.bfloat16, 80)
     assert choose(request).kernel.name in FAST
 
 

@@ -78,7 +78,7 @@ def compare(
     """
     if checkpoint and (family or size):
         raise typer.BadParameter("--checkpoint is a model of its own; leave out --family and --size")
-    _check_device(device)
+    check_device(device)
     dtype = dtype or DEFAULT_DTYPES[device]
     if dtype not in DTYPES:
         raise typer.BadParameter(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -120,7 +120,8 @@ def compare(
         raise typer.Exit(1)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise typer.BadParameter unless `device` is one that can be measured on here."""
     if device not in BUDGETS:
         raise typer.BadParameter(f"unknown device {device!r}; known: {', '.join(BUDGETS)}")
     if device == "cuda" and not torch.cuda.is_available():

@@ -37,6 +37,7 @@ from varlen_vision.kernels.spec import Request
 from varlen_vision.loading import load_model
 from varlen_vision.parity import Error, relative_error
 from varlen_vision.plan import plan_lengths
+from varlen_vision.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,10 +253,10 @@ def _note(tower: Tower, batch: Batch, path: Path) -> str:
     """Which kernel 'auto' takes for each layout."""
     if path.kernel != "auto":
         return ""
-    request = Request(device=tower.device, dtype=tower.dtype, head_dim=tower.shape.head_dim)
+    facts = (tower.device, tower.dtype, tower.shape.head_dim)
     chosen = {
         layout: choose(
-            replace(request, mean_seqlen=sum(part) / len(part), max_seqlen=max(part), segments=len(part))
+            Request.of(Segments.from_lengths(part), *facts, heads=tower.shape.heads, rotary=True)
         ).kernel.name
         for layout, part in batch.lengths.items()
     }

@@ -97,12 +97,14 @@ def flash_attn_varlen_func(
         dropout=dropout_p > 0,
         same_lengths=segments_q.lengths == segments_k.lengths,
         segments=len(segments_q),
-        mean_seqlen=segments_q.mean_seqlen,
+        lengths=segments_q.histogram,
         max_seqlen=max(max_seqlen_q, max_seqlen_k),
         may_change=segments_q.may_change or segments_k.may_change,
+        heads=q.shape[1],
+        rotary=rotary is not None,
     )
     chosen = choose(request, kernel).kernel
-    if rotary is not None and (needs_grad or not chosen.rotary):
+    if rotary is not None and not chosen.rotates(request):
         q, k = rope.rotate(q, k, *rotary)
         rotary = None
     call = Call(

@@ -6,10 +6,12 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from varlen_vision.histogram import Histogram
 from varlen_vision.segments import Segments
 
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -31,12 +33,35 @@ class Request:
     same_lengths: bool = True
     """Queries and keys are cut alike (self-attention)."""
     segments: int = 1
-    mean_seqlen: float = 0.0
-    """Mean length of the non-empty segments, in tokens; 0 where it is not known."""
+    """Empty ones included."""
+    lengths: Histogram | None = None
+    """Of the queries' segments; None where it is not known."""
     max_seqlen: int | None = None
     """Length of the longest segment, in tokens, as the kernel is told it; None where it is not known."""
     may_change: bool = False
     """`cu_seqlens` will hold other values when the same call runs again, in a recorded CUDA graph."""
+    heads: int = 16
+    """H, of the queries. No kernel refuses any; times grow with it."""
+    rotary: bool = False
+    """The call is to rotate q and k."""
+
+    @classmethod
+    def of(
+        cls, segments: Segments, device: torch.device, dtype: torch.dtype, head_dim: int, **facts: Any
+    ) -> Request:
+        """Self-attention inside `segments`; `facts` are further attributes."""
+        cut = {
+            "segments": len(segments),
+            "lengths": segments.histogram,
+            "max_seqlen": segments.max_seqlen,
+            "may_change": segments.may_change,
+        }
+        return cls(device, dtype, head_dim, **{**cut, **facts})
+
+    @property
+    def mean_seqlen(self) -> float:
+        """Mean length of the segments that are not empty, in tokens; 0 where it is not known."""
+        return self.lengths.tokens / self.lengths.segments if self.lengths else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,8 @@ class Kernel:
     dropout: bool = False
     host_lengths: bool = False
     """Which pieces it works on follows from the lengths on the host, not from `cu_seqlens` on the device."""
+    call_per_run: bool = False
+    """It makes a call for each run of neighbours of equal length; others make one for all segments."""
     rotary: bool = False
     """Rotates q and k itself, as it reads them."""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -94,7 +121,7 @@ class Kernel:
     auto: bool = True
     """Whether `auto` may choose it."""
     auto_min_seqlen: float = 0.0
-    """`auto` passes it over for shorter segments (mean, in tokens): there another kernel is faster."""
+    """Where nothing was measured, `auto` passes it over for shorter segments (mean, in tokens)."""
 
     @property
     def module(self) -> str:
@@ -140,18 +167,24 @@ class Kernel:
         return tuple(reasons)
 
     def auto_refusals(self, request: Request) -> tuple[str, ...]:
-        """Why `auto` passes this kernel over: what it cannot take, and what others do faster."""
+        """Why `auto` does not consider this kernel at all."""
         if not self.auto:
             return ("kept as a baseline or oracle, used only when asked for by name",)
         reasons = self.refusals(request)
         if not reasons and self.max_seqlen is not None and request.max_seqlen is None:
             reasons = (f"max_seqlen is not known, it takes at most {self.max_seqlen}",)
-        if not reasons and request.mean_seqlen < self.auto_min_seqlen:
-            reasons = (
-                f"segments average {request.mean_seqlen:.0f} tokens; below {self.auto_min_seqlen:.0f} "
-                "other kernels are faster",
-            )
         return reasons
+
+    def too_short(self, request: Request) -> tuple[str, ...]:
+        """Why `auto` passes it over where it goes by order and length: what others do faster."""
+        if request.mean_seqlen >= self.auto_min_seqlen:
+            return ()
+        mean, least = request.mean_seqlen, self.auto_min_seqlen
+        return (f"segments average {mean:.0f} tokens; below {least:.0f} other kernels are faster",)
+
+    def rotates(self, request: Request) -> bool:
+        """Whether it rotates q and k itself here; else that is a pass of its own before it."""
+        return self.rotary and not request.needs_grad
 
     def _machine_refusals(self, device: torch.device) -> list[str]:
         reasons = []

@@ -66,9 +66,7 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
     inputs = _inputs(windows, setup)
     reference = inputs.double().plain()
     yardstick = relative_error(inputs.plain(), reference)
-    request = Request(
-        setup.device, setup.dtype, HEAD_DIM, segments=windows, mean_seqlen=float(LENGTH), max_seqlen=LENGTH
-    )
+    request = Request.of(inputs.segments, setup.device, setup.dtype, HEAD_DIM, heads=HEADS, rotary=True)
     candidates: list[Candidate] = []
     for name in KERNELS:
         if name != "auto" and (reasons := TABLE[name].refusals(request)):
