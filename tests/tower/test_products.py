@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,8 @@ def test_loading_other_weights(name: str) -> None:
         model = optimized(name)
         model.load_state_dict(other.state_dict(), assign=assign)
         assert_same(run(name, model), expected)
+        # Assigned weights are others' memory: the original forward runs.
+        assert all(mlp.ready is not assign for mlp in mlps(model))
 
 
 def test_save_pretrained_writes_the_original_shapes(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_a_wrapped_or_hooked_layer_sets_the_product_aside(name: str) -> None:
         setattr(one, attribute, Doubled(getattr(one, attribute)))
     assert_same(run(name, model), run(name, plain))
     assert mlp.why_not == f"{attribute} is a Doubled of {__name__.partition('.')[0]}, not torch's Linear"
-    assert any("set aside" in part.how for part in attention_report(model).parts)
+    assert any("set aside in 1 blocks" in part.how for part in attention_report(model).parts)
     setattr(mlp, attribute, getattr(mlp, attribute).inner)
     assert_same(run(name, model), run(name, odd_tower(name)))
     assert mlp.why_not is None
@@ -304,3 +308,95 @@ def test_silu_mul(dtype: torch.dtype) -> None:
 def test_silu_is_known_by_what_it_computes() -> None:
     assert is_silu(nn.SiLU()) and is_silu(lambda x: x * torch.sigmoid(x))
     assert not is_silu(nn.GELU()) and not is_silu(nn.GLU()) and not is_silu(lambda x: None)
+
+
+FUSED = (
+    lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, fused=True),
+    lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+    lambda p: torch.optim.Adagrad(p, 1e-2, fused=True),
+)
+
+
+@pytest.mark.parametrize("make", FUSED)
+def test_optimisers_that_run_over_memory(name: str, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """Fused ones take a parameter for one run of numbers: there must be no gap in it."""
+    ours, theirs = optimized(name), odd_tower(name)
+    swap_attention(theirs)
+    gradients(ours, lambda: run(name, ours))  # made by autograd, laid out as it lays them out
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        other.grad = (
+            None if parameter.grad is None else parameter.grad.clone(memory_format=torch.contiguous_format)
+        )
+    for model in (ours, theirs):
+        optimiser = make(model.parameters())
+        for _ in range(3):
+            optimiser.step()
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6), key
+    for mlp in mlps(ours):
+        assert mlp.ready and not mlp.columns[:, WIDTH:].any() and not mlp.rows[WIDTH : mlp.padded].any()
+    with torch.no_grad():
+        assert_same(run(name, ours), run(name, theirs))
+
+
+@torch.no_grad()
+def test_weights_in_a_flat_buffer_are_left_there(name: str) -> None:
+    """As optimisers of DeepSpeed and apex keep them; FSDP too puts others in their place."""
+    model, plain = optimized(name), odd_tower(name)
+    parameters = [p for mlp in mlps(model) for p in mlp.parameters()]
+    flat = torch.cat([p.flatten() for p in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    assert_same(run(name, model), run(name, plain))
+    flat.zero_()
+    for mlp in plain.modules():
+        if type(mlp).__name__.lower().endswith("mlp"):
+            for parameter in mlp.parameters():
+                parameter.zero_()
+    assert_same(run(name, model), run(name, plain))
+    assert all("put elsewhere" in str(mlp.why_not) for mlp in mlps(model))
+    restore_vision(model)
+    assert all(p.untyped_storage().data_ptr() == flat.data_ptr() for p in parameters)
+    optimize_vision(model, "products")
+    assert all("parts of larger buffers" in str(mlp.why_not) for mlp in mlps(model))
+
+
+def test_laid_out_in_inference_mode_and_trained_later(name: str) -> None:
+    model = optimized(name)
+    with torch.inference_mode():
+        run(name, model)
+    model.double()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.patch_embed.requires_grad_(True)  # type: ignore[operator, union-attr]
+    with torch.inference_mode():
+        run(name, model)
+    assert gradients(model, lambda: run(name, model))
+    model.requires_grad_(True)
+    assert gradients(model, lambda: run(name, model))
+
+
+def test_moving_lets_the_old_memory_go(name: str) -> None:
+    model = optimized(name)
+    old = [weakref.ref(mlp.rows) for mlp in mlps(model)]
+    model.double()
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
+    assert all(mlp.ready and mlp.rows.dtype == torch.float64 for mlp in mlps(model))
+
+
+@torch.no_grad()
+def test_restoring_inside_a_wrapper(name: str) -> None:
+    model, plain = optimized(name), odd_tower(name)
+    block: Any = model.blocks[0]  # type: ignore[index]
+    block.mlp = nn.Sequential(block.mlp)
+    restore_vision(model)
+    for parameter in model.parameters():
+        assert parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.nbytes
+    for one in (model, plain):
+        for parameter in one.parameters():
+            parameter.data = parameter.data * 0.9
+    assert_same(run(name, model), run(name, plain))

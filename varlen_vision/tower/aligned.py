@@ -4,12 +4,15 @@ Tensor cores read rows in pieces of 16 bytes and work in tiles: a product 3420 w
 rate of one 3456 wide (docs/results/h200.md). Columns of zeros change nothing: what they produce is act(0)
 times 0, and the last layer multiplies it by 0. The gate and up products read the same input, so they are one.
 
-The padded weights are the model's only ones: its parameters become views of them, in their own shapes, so
-`state_dict`, `load_state_dict`, optimisers and `save_pretrained` see what they saw before.
+The padded weights are the model's only ones: its parameters become views of them, in their own shapes and
+each without a gap in memory, so `state_dict`, `load_state_dict`, optimisers (fused ones too) and
+`save_pretrained` work as before. What moves a parameter elsewhere (FSDP, flat buffers, an assigned state)
+sets the products aside; the original forward runs then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,12 +50,11 @@ class AlignedMLP(nn.Module):
         super().__init__()
         for table in nn.Module().__dict__:
             self.__dict__[table] = original.__dict__[table]
-        # Past nn.Module, which would register it.
-        self.__dict__["original"] = original
-        self._take(None)
+        self.__dict__["original"] = original  # past nn.Module, which would register it
         self.structure = structure
         self.padded = aligned_width(structure.width) if padded is None else padded
         self.silu = structure.gate is not None and is_silu(structure.activate(original))
+        self._take(None)
         self.ready = False
         self.why_not: str | None = None
 
@@ -68,47 +70,54 @@ class AlignedMLP(nn.Module):
         done = f"{width} channels" + (f" in products {padded} wide" if padded != width else "")
         return done + (", gate and up in one product" if self.structure.gate is not None else "")
 
-    def prepare(self) -> None:
-        """Lay the weights out, unless they lie so already; called before each forward of the tower.
-
-        Whatever was done to them since (`.to(dtype)`, LoRA around a layer, a hook) is noticed here.
-        """
-        layers = [self.get_submodule(name) for name in self.structure.layers]
+    def lay_out(self) -> None:
+        """Move the weights to where the products read them, where nothing speaks against it."""
+        layers = self._layers()
         reasons = map(why_not_plain, layers)
         named = zip(self.structure.layers, reasons, strict=True)
         self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
-        self.ready = self.why_not is None
-        if not self.ready:
-            self._take(None)
-        elif self.weights is None or not self.weights.hold(layers):
+        self.why_not = self.why_not or why_not_together(layers)
+        if self.why_not is None:
             self._take(_Weights(layers, self.padded))
+        self.ready = self.why_not is None
 
-    def _take(self, weights: _Weights | None) -> None:
-        # As plain attributes: a compiled graph gets them as inputs, and one graph serves all layers.
-        self.weights = weights
-        self.__dict__["rows"] = weights and weights.rows
-        self.__dict__["columns"] = weights and weights.columns
-        self.__dict__["bias"] = weights and weights.bias
+    def check(self) -> None:
+        """Before each call: whether the weights still lie there, and no layer became more than a product."""
+        layers = self._layers()
+        if self.weights is None:
+            return
+        if not self.weights.hold(layers):
+            self._take(None)
+            self.ready = False
+            moved = (
+                "its weights were put elsewhere since (FSDP, an optimiser's flat buffer, an assigned state)"
+            )
+            self.why_not = f"{moved}; restore_vision and optimize_vision lay them out anew"
+            return
+        named = zip(self.structure.layers, map(why_not_plain, layers), strict=True)
+        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
+        self.ready = self.why_not is None
 
     def hand_back(self) -> nn.Module:
         """The original module, its parameters in memory of their own, contiguous."""
         original: nn.Module = self.__dict__["original"]
         original.training = self.training
         if self.weights is not None:
-            for name in self.structure.layers:
-                for parameter in self.get_submodule(name).parameters():
-                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            self.weights.give_back()
             self._take(None)
+        self.ready = False
         return original
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """(..., C) -> (..., C), as the original."""
+        if not torch.compiler.is_compiling():  # a compiled block checks before its graph runs
+            self.check()
         if not self.ready:
             result: Tensor = self.__dict__["original"].forward(hidden_state)
             return result
         weight_in, bias_in, weight_out, bias_out = self._operands()
         inner = F.linear(hidden_state, weight_in, bias_in)
-        activate = self.structure.activate(self)
+        activate = self.structure.activate(self.__dict__["original"])
         if self.structure.gate is None:
             inner = activate(inner)
         elif self.silu:
@@ -120,7 +129,7 @@ class AlignedMLP(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Padded weights and biases; differentiable in the parameters where those need gradients."""
-        layers = [self.get_submodule(name) for name in self.structure.layers]
+        layers = self._layers()
         down: Any = layers[-1]
         if torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters()):
             # Padding anew costs one pass over the weights, little beside a training step's products.
@@ -134,6 +143,40 @@ class AlignedMLP(nn.Module):
                 )
             return torch.cat(rows), bias_in, F.pad(down.weight, (0, extra)), down.bias
         return self.rows, self.bias, self.columns, down.bias
+
+    def _layers(self) -> list[nn.Module]:
+        return [self.get_submodule(name) for name in self.structure.layers]
+
+    def _take(self, weights: _Weights | None) -> None:
+        # As plain attributes: a compiled graph gets them as inputs, and one graph serves all layers.
+        self.weights = weights
+        self.__dict__["rows"] = weights and weights.rows
+        self.__dict__["columns"] = weights and weights.columns
+        self.__dict__["bias"] = weights and weights.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignedMLP:
+        """`.to()`, `.half()` and the like give each parameter new memory; the old is let go at once."""
+        weights, before = self.weights, self._kind()
+        self._take(None)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weights is not None and self._kind() != before:
+            self.lay_out()
+        elif weights is not None:
+            self._take(weights)
+        return self
+
+    def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(p.dtype, p.device) for layer in self._layers() for p in layer.parameters()]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was loaded from a pickle, lays its own weights out."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.weights is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                for layer in self._layers():
+                    for parameter in layer.parameters():
+                        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            self.lay_out()
 
     def extra_repr(self) -> str:
         return f"width={self.structure.width}, padded={self.padded}, ready={self.ready}"
@@ -149,37 +192,49 @@ class _Weights:
     Attributes:
         rows: (n * padded, C), the first layers one below the other, zeros between.
         bias: (n * padded,) of the first layers; None where none has any.
-        columns: (C, padded), the last layer with zeros to its right.
+        columns: (C, padded), the last layer with zeros to its right. It lies transposed, so that what the
+            parameter sees of it has no gaps: kernels that run over a parameter's memory need that.
     """
 
     def __init__(self, layers: list[nn.Module], padded: int) -> None:
         *ins, out = layers
-        with torch.no_grad():
+        # Outside of inference mode: the parameters may be trained later.
+        with torch.inference_mode(False), torch.no_grad():
             first: Any = ins[0]
             last: Any = out
             width, channels = first.weight.shape
+            self.moved: list[Any] = []
             self.rows = first.weight.new_zeros(len(ins) * padded, channels)
-            self.columns = last.weight.new_zeros(last.weight.shape[0], padded)
             self.bias: Tensor | None = None
             if any(layer.bias is not None for layer in ins):
                 self.bias = first.weight.new_zeros(len(ins) * padded)
             for index, layer in enumerate(ins):
                 where = slice(index * padded, index * padded + width)
-                _move(layer.weight, self.rows[where])
+                self._move(layer.weight, self.rows[where])
                 if layer.bias is not None and self.bias is not None:
-                    _move(layer.bias, self.bias[where])
-            _move(last.weight, self.columns[:, :width])
+                    self._move(layer.bias, self.bias[where])
+            self.columns = last.weight
+            if padded != width:
+                self.columns = last.weight.new_zeros(padded, last.weight.shape[0]).t()
+                self._move(last.weight, self.columns[:, :width])
         self.places = _places(layers)
 
     def hold(self, layers: list[nn.Module]) -> bool:
         """Whether the layers' parameters still are these views."""
         return _places(layers) == self.places
 
+    def give_back(self) -> None:
+        """Give each parameter that still is a view memory of its own."""
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, place in self.moved:
+                if parameter.data_ptr() == place:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
-def _move(parameter: Any, view: Tensor) -> None:
-    """Copy a parameter's values to `view` and let it be that view from now on."""
-    view.copy_(parameter.data)
-    parameter.data = view
+    def _move(self, parameter: Any, view: Tensor) -> None:
+        """Copy a parameter's values to `view` and let it be that view from now on."""
+        view.copy_(parameter.data)
+        parameter.data = view
+        self.moved.append((parameter, view.data_ptr()))
 
 
 def _places(layers: list[nn.Module]) -> tuple[Any, ...]:
@@ -188,3 +243,14 @@ def _places(layers: list[nn.Module]) -> tuple[Any, ...]:
         for layer in layers
         for parameter in layer.parameters()
     )
+
+
+def why_not_together(layers: list[nn.Module]) -> str | None:
+    """Why the layers' parameters cannot lie in one place; None where they can."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+    if len(kinds) != 1:
+        return f"its parameters differ in dtype or device: {', '.join(sorted(map(str, kinds)))}"
+    if any(parameter.untyped_storage().nbytes() != parameter.nbytes for parameter in parameters):
+        return "its parameters are parts of larger buffers, which something else keeps"
+    return None

@@ -7,14 +7,18 @@ https://docs.pytorch.org/tutorials/recipes/regional_compilation.html: the first 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from varlen_vision.attention import replaced_forward
+from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block
 
 Call = Callable[..., Any]
@@ -69,11 +73,29 @@ class CompiledForward:
         self.call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.block, *args, **kwargs)
+        for child in self.block._modules.values():
+            if isinstance(child, AlignedMLP):
+                child.check()
+        try:
+            return self.call(self.block, *args, **kwargs)
+        except FailOnRecompileLimitHit:
+            # A new graph for each new combination of gradients, training, autocast and dtype: eight are its
+            # limit. Nothing ran yet.
+            _warn_of_limit(type(self.block).__name__)
+            return _as_written(self.block)(*args, **kwargs)
 
     # A copy, or a pickle, is the forward as it is written: a compiled one cannot be taken along.
     def __reduce__(self) -> tuple[Call, tuple[nn.Module]]:
         return _as_written, (self.block,)
+
+
+@cache
+def _warn_of_limit(name: str) -> None:
+    warnings.warn(
+        f"torch.compile gave up on a new kind of call to {name} (torch._dynamo.config.recompile_limit graphs "
+        "are there already); such calls run as written from now on",
+        stacklevel=4,
+    )
 
 
 def _as_written(block: nn.Module) -> MethodType:

@@ -70,7 +70,7 @@ def describe_mlp(module: nn.Module) -> MLPStructure:
     if activation is None:
         raise MLPError(f"no activation (looked for {', '.join(_ACTIVATIONS)})")
     for name, child in module.named_children():
-        if name not in layers and any(True for _ in child.parameters()):
+        if name not in (*layers, activation) and not _does_nothing(child):
             raise MLPError(f"it also has {name}, which the common shape has no place for")
     if any(True for _ in module.parameters(recurse=False)):
         raise MLPError("it has parameters of its own, which the common shape has no place for")
@@ -109,6 +109,10 @@ def why_not_plain(layer: nn.Module) -> str | None:
     if not layer.weight.is_floating_point():
         return f"has a weight of {layer.weight.dtype}"
     return None
+
+
+def _does_nothing(child: nn.Module) -> bool:
+    return isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
 
 
 def _has_all(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -6,11 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from varlen_vision.errors import OptimizeError
 from varlen_vision.placement import placement, why_unusable
@@ -63,32 +61,27 @@ class _Record:
     mergers: list[nn.Module] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     graphed: GraphedTower | None = None
-    handle: RemovableHandle | None = None
-
-    @torch.compiler.disable
-    def prepare(self, *_: Any) -> None:
-        """Before each forward of the tower: what was done to the weights since is noticed."""
-        for mlp in self.mlps:
-            mlp.prepare()
 
     @property
     def mlps(self) -> list[AlignedMLP]:
         return [one.module for one in self.stand_ins if isinstance(one.module, AlignedMLP)]
 
     def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
         if self.graphed is not None:
             self.graphed.tower._compiled_call_impl = None
             self.graphed.clear()
         for module in (*self.compiled, *self.mergers):
             undo_compile(module)
         for one in self.stand_ins:
+            original = one.module.hand_back()
+            # Where something was wrapped around it since, that keeps it; it computes what the original does.
             if one.parent._modules.get(one.attribute) is one.module:
-                one.parent._modules[one.attribute] = one.module.hand_back()
+                one.parent._modules[one.attribute] = original
 
     def reports(self) -> Iterator[PartReport]:
-        for how, count in Counter(mlp.how for mlp in self.mlps).items():
+        for mlp in self.mlps:
+            mlp.check()
+        for how, count in Counter(mlp.how for mlp in self.mlps if mlp.ready).items():
             yield PartReport("aligned MLP", count, how)
         products = len(self.stand_ins) - len(self.mlps)
         if products:
@@ -102,9 +95,9 @@ class _Record:
             yield PartReport("CUDA graphs", len(self.compiled), f"calls so far: {counts or 'none'}")
         waiting = Counter(mlp.why_not for mlp in self.mlps if mlp.why_not)
         for reason, count in waiting.items():
-            yield PartReport("aligned MLP", count, f"set aside: {reason}")
+            yield PartReport("aligned MLP", 0, f"set aside in {count} blocks: {reason}")
         for (part, reason), count in Counter(self.skipped).items():
-            yield PartReport(part, 0, f"skipped in {count} blocks: {reason}")
+            yield PartReport(part, 0, f"skipped{f', {count} times' if count > 1 else ''}: {reason}")
 
 
 def optimize_vision(
@@ -179,8 +172,8 @@ def _put_on(record: _Record, tower: nn.Module, found: list[_StandIn]) -> None:
     for one in found:
         one.parent._modules[one.attribute] = one.module
         record.stand_ins.append(one)
-    record.prepare()
-    record.handle = tower.register_forward_pre_hook(record.prepare)
+        if isinstance(one.module, AlignedMLP):
+            one.module.lay_out()
     tower.__dict__[_KEY] = record
 
 

@@ -23,6 +23,8 @@ def why_not_product(module: nn.Module) -> str | None:
         return "overlaps, or is in groups or dilated"
     if any(conv.padding) if not isinstance(conv.padding, str) else conv.padding != "valid":
         return "is padded"
+    if hasattr(conv, "parametrizations"):
+        return "is parametrised"
     if "forward" in conv.__dict__ or conv.weight.is_meta or type(conv.weight) is not nn.Parameter:
         return "has a forward or a weight of another kind"
     return None

@@ -34,7 +34,7 @@ def verify_stand_in(name: str, module: AlignedMLP | PatchProduct, tower: nn.Modu
     trial = copy.deepcopy(module)
     original = copy.deepcopy(module.__dict__["original"])
     if isinstance(trial, AlignedMLP):
-        trial.prepare()
+        trial.lay_out()
     inputs = _inputs(module).to(device, dtype)
     plain: Tensor = original.forward(inputs)
     exact: Tensor = original.double().forward(inputs.double())

@@ -67,7 +67,7 @@ def _merge(parent: nn.Module) -> int:
             continue
         if structure.gate is not None:
             mlp = AlignedMLP(child, structure, padded=structure.width)
-            mlp.prepare()
+            mlp.lay_out()
             parent._modules[attribute] = mlp
             found += 1
     return found
