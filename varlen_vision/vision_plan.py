@@ -152,9 +152,7 @@ class VisionPlan:
         """
         if not max_seqlen:
             return dict(self._keywords)
-        return self._keywords | {
-            _MAX_SEQLEN.get(kind, "max_seqlen"): most for kind, most in self.max_seqlen.items()
-        }
+        return self._keywords | {max_seqlen_name(kind): most for kind, most in self.max_seqlen.items()}
 
     @cached_property
     def _keywords(self) -> dict[str, Any]:
@@ -253,6 +251,11 @@ class VisionPlan:
     def __repr__(self) -> str:
         cut = ", ".join(f"{len(lengths)} {kind}" for kind, lengths in self.lengths.items())
         return f"VisionPlan({len(self.grids)} images, {self.patches} patches, {cut}, on {self.device})"
+
+
+def max_seqlen_name(kind: str) -> str:
+    """What transformers calls the longest segment of this kind of layer."""
+    return _MAX_SEQLEN.get(kind, "max_seqlen")
 
 
 def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:

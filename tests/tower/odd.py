@@ -20,10 +20,15 @@ GATED, PLAIN = "qwen2_5_vl", "qwen3_vl"
 
 def odd_tower(name: str) -> nn.Module:
     """A tower of its own, in eval mode and float32."""
+    return any_tower(name, intermediate_size=WIDTH)
+
+
+def any_tower(name: str, **settings: int) -> nn.Module:
+    """A tower of the zoo with other settings; skips the test where there is none."""
     spec = tower_of(name)
     if (reason := zoo.missing(spec)) is not None:
         pytest.skip(reason)
-    settings = {**spec.settings, "intermediate_size": WIDTH}
+    settings = {**spec.settings, **settings}
     model = zoo.build(replace(spec, settings=settings), torch.float32, torch.device("cpu")).eval()
     fill(model, seed=0)
     return model

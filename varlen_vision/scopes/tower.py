@@ -64,6 +64,11 @@ class TowerScope:
             return None
         return _CONFIRMED.get((type(self.tower), self.accepted))
 
+    @property
+    def takes_max_seqlen(self) -> bool:
+        """Whether the tower asks for the longest segments: where it is set to a flash attention."""
+        return "flash" in str(getattr(getattr(self.tower, "config", None), "_attn_implementation", ""))
+
     def remove(self) -> None:
         """Undo all that the constructor did."""
         for handle in self.handles:
@@ -157,8 +162,7 @@ class TowerScope:
         self, plan: VisionPlan, grid_thw: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the forward, and what was planned; what the caller gave stays."""
-        flash = "flash" in str(getattr(getattr(self.tower, "config", None), "_attn_implementation", ""))
-        planned = plan.keywords(max_seqlen=flash)
+        planned = plan.keywords(max_seqlen=self.takes_max_seqlen)
         wanted = torch.device("cpu") if plan.recipe.grid_on_host else plan.device
         if grid_thw.device != wanted:
             moved = plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)

@@ -17,7 +17,7 @@ from torch import Tensor
 from varlen_vision.plan import Grid
 from varlen_vision.plan.assemble import cu_seqlens_name
 from varlen_vision.segments import Segments
-from varlen_vision.vision_plan import VisionPlan
+from varlen_vision.vision_plan import VisionPlan, max_seqlen_name
 
 # Filling images have at most so many patches, so that they make no segment longer than real ones do.
 _LARGEST = 256
@@ -89,19 +89,22 @@ class Filled:
         return {name: _rebuild(value, tensors) for name, value in self.structure.items()}
 
 
-def fill_up(plan: VisionPlan) -> Filled:
+def fill_up(plan: VisionPlan, *, max_seqlen: bool = False) -> Filled:
     """Bring a plan to the shapes of its bucket.
 
     Args:
         plan: of a batch with its filling, on the tower's device.
+        max_seqlen: whether the tower is to be given the longest segments, rounded up.
     """
-    given: dict[str, Any] = {"grid_thw": plan.tensors["grid_thw"], **plan.keywords()}
+    given: dict[str, Any] = {"grid_thw": plan.tensors["grid_thw"], **plan.keywords(max_seqlen=max_seqlen)}
     lengths, most = {}, []
     for kind, cut in plan.segments.items():
         name, count = cu_seqlens_name(kind), rounded_up(len(cut))
         empty = count - len(cut)
         lengths[kind] = cut.lengths + (0,) * empty
         most.append((kind, rounded_up(cut.max_seqlen, _SHORT)))
+        if max_seqlen:
+            given[max_seqlen_name(kind)] = most[-1][1]
         end = given[name][-1:].expand(empty)
         given[name] = torch.cat((given[name], end)) if empty else given[name]
     found: list[tuple[str, Tensor]] = []

@@ -18,19 +18,27 @@ from torch.utils import _pytree as pytree
 
 from varlen_vision.plan.grids import read_rows
 from varlen_vision.scopes import scope_of
-from varlen_vision.tower.buckets import Filled, bucket_tokens, fill_up, filling, segments_of
+from varlen_vision.tower.buckets import Filled, Frame, bucket_tokens, fill_up, filling, segments_of
 from varlen_vision.tower.fingerprint import Fingerprint
 from varlen_vision.vision_plan import VisionPlan, plan_rows
 
-# Graphs kept; all share one pool of memory, whose size is that of the largest.
+# Graphs kept. Their work shares one pool of memory; each has pixels and an output of its own.
 MAX_GRAPHS = 32
-# Buckets of which one batch was seen.
+# Buckets of which one batch was seen, or that could not be recorded.
 _REMEMBERED = 1024
 _WARM_UPS = 2
+# A graph's output may differ from the forward's by the rounding of products of another size, some 1e-2 in
+# bfloat16; rows of another image differ by 1.
+_GROSS = 0.2
 
 Forward = Callable[[], Any]
 Record = Callable[[Forward], tuple[Any, Callable[[], None]]]
 """Runs a forward and gives its output, with a function that runs the same again into the same output."""
+
+
+_CAPTURING = threading.Lock()
+
+Key = tuple[Frame, torch.Size, torch.dtype, torch.device]
 
 
 class CannotRecord(Exception):
@@ -58,67 +66,126 @@ class GraphedTower:
 
     Args:
         tower: swapped, and optimised but for this.
-        record: how a forward is recorded.
+        recorder: for a device, how a forward is recorded there.
         max_graphs: kept at once; the one used longest ago goes first.
+        device_type: of the devices that `recorder` is for.
     """
 
-    def __init__(self, tower: nn.Module, record: Record, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        recorder: Callable[[torch.device], Record],
+        max_graphs: int = MAX_GRAPHS,
+        device_type: str = "cuda",
+    ) -> None:
         self.tower = tower
-        self.record = record
+        self.recorder = recorder
         self.max_graphs = max_graphs
+        self.device_type = device_type
         self.counts: Counter[str] = Counter()
         """Calls by what became of them: 'replayed', 'recorded', or why neither."""
-        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
-        self._met: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+        self._records: dict[torch.device, Record] = {}
+        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._met: OrderedDict[Key, str | None] = OrderedDict()
         self._fingerprint: Fingerprint | None = None
         self._done: torch.cuda.Event | None = None
-        self._given_up: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False
+
+    @property
+    def graphs(self) -> int:
+        """How many are kept."""
+        return len(self._graphs)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        why, call = self._why_not(args, kwargs), None
+        why, output = self._why_not(args, kwargs), None
         if why is None:
-            call = self._fill(args, kwargs)
-            why = None if call is not None else "no bucket is large enough"
-        if call is None:
-            self.counts[str(why)] += 1
-            return self.tower._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        pixels, filled, tokens = call
-        with self._lock:
-            return self._run(pixels, filled, tokens, args, kwargs)
+            why, output = self._try(args, kwargs)
+        if why is not None:
+            self.counts[why] += 1
+            output = self.tower._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return output
 
     def clear(self) -> None:
         """Drop all graphs."""
         self._graphs.clear()
+        self._met.clear()
+
+    # A copy, or a pickle, has no graphs: they are of the memory of this one.
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if self._given_up is not None:
-            return self._given_up
         if torch.is_grad_enabled():
             return "gradients are enabled"
         if self.tower.training:
             return "the tower is in training mode"
+        scope = scope_of(self.tower)
+        if scope is None or scope.recipe is None:
+            return "nothing is planned for it (yet: its first forward is observed)"
         given = self._given(args, kwargs)
-        pixels, grid_thw = given.pop(self._pixels_name(), None), given.pop("grid_thw", None)
+        pixels, grid_thw = given.pop(scope.parameters[0], None), given.pop("grid_thw", None)
         if not isinstance(pixels, Tensor) or not isinstance(grid_thw, Tensor):
             return "it is not called with pixels and grid_thw"
+        if pixels.device.type != self.device_type:
+            return f"its pixels are on {pixels.device}"
+        if torch.is_autocast_enabled(self.device_type):
+            return "autocast is on"
         if pixels.is_cuda and torch.cuda.is_current_stream_capturing():
             return "the caller records a graph of its own"
         if other := [name for name, value in given.items() if not _plain(name, value)]:
             return f"it is called with {', '.join(other)}"
-        scope = scope_of(self.tower)
-        if scope is None or scope.recipe is None:
-            return "nothing is planned for it (yet: its first forward is observed)"
-        if scope.recipe.grid_on_host:
-            return "its forward reads the sizes of images itself"
         return None
+
+    def _try(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
+        """Why there is no output, and the output where there is one."""
+        call = self._fill(args, kwargs)
+        if call is None:
+            return "its batch fits no bucket", None
+        pixels, filled, tokens = call
+        key: Key = (filled.frame, pixels.shape[1:], pixels.dtype, pixels.device)
+        with self._lock:
+            if self._busy:
+                return "it is called while it is recorded", None
+            if self._fingerprint is None or not self._fingerprint.holds():
+                # Weights elsewhere, a layer wrapped or hooked: what was recorded is of another tower.
+                self.clear()
+                self._fingerprint = Fingerprint(self.tower)
+            if self._fingerprint.why_not is not None:
+                return self._fingerprint.why_not, None
+            if key not in self._graphs:
+                first, self._met[key] = key not in self._met, self._met.get(key)
+                self._met.move_to_end(key)
+                if len(self._met) > _REMEMBERED:
+                    self._met.popitem(last=False)
+                if first:  # a size that comes once is not worth a graph
+                    return "first batch of a bucket", None
+                if (why := self._met[key]) is not None:
+                    return why, None
+                try:
+                    self._busy = True
+                    graph = self._recorded(pixels, filled, args, kwargs)
+                except CannotRecord as error:
+                    self._met[key] = str(error)
+                    return str(error), None
+                except torch.OutOfMemoryError:
+                    return "out of memory while it was recorded", None
+                finally:
+                    self._busy = False
+                self.counts["recorded"] += 1
+                self._graphs[key] = graph
+                if len(self._graphs) > self.max_graphs:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            self.counts["replayed"] += 1
+            return None, self._replayed(self._graphs[key], pixels, filled, tokens)
 
     def _fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Filled, int] | None:
         """Pixels, the batch filled up, and its own number of patches; None where there is no bucket."""
-        given = self._given(args, kwargs)
-        pixels, scope = given[self._pixels_name()], scope_of(self.tower)
+        given, scope = self._given(args, kwargs), scope_of(self.tower)
         assert scope is not None and scope.recipe is not None
+        pixels = given[scope.parameters[0]]
         rows = read_rows(given["grid_thw"])
         tokens = sum(frames * height * width for frames, height, width in rows)
         wanted = bucket_tokens(tokens)
@@ -128,33 +195,9 @@ class GraphedTower:
         if extra is None:
             return None
         plan = plan_rows((*rows, *extra), scope.recipe, pixels.device)
-        return pixels, _filled(plan), tokens
+        return pixels, _filled(plan, scope.takes_max_seqlen), tokens
 
-    def _run(
-        self, pixels: Tensor, filled: Filled, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self._fingerprint is None or not self._fingerprint.holds():
-            # Weights elsewhere, a layer wrapped or hooked: what was recorded is of another tower.
-            self.clear()
-            self._fingerprint = Fingerprint(self.tower)
-        total = sum(next(iter(filled.lengths.values())))
-        key = (filled.frame, pixels.shape[1:], pixels.dtype, pixels.device)
-        graph = self._graphs.get(key)
-        if graph is None:
-            if not self._met_before(key):
-                self.counts["first batch of a bucket"] += 1
-                return self.tower._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            try:
-                graph = self._recorded(pixels, filled, total)
-            except CannotRecord as error:
-                self._given_up = str(error)
-                self.counts[self._given_up] += 1
-                return self.tower._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            self.counts["recorded"] += 1
-            self._graphs[key] = graph
-            if len(self._graphs) > self.max_graphs:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
+    def _replayed(self, graph: _Graph, pixels: Tensor, filled: Filled, tokens: int) -> Any:
         # Another thread's stream may not be done with the graph's tensors.
         stream = torch.cuda.current_stream(pixels.device) if pixels.is_cuda else None
         if stream is not None and self._done is not None:
@@ -162,27 +205,20 @@ class GraphedTower:
         graph.pixels[:tokens].copy_(pixels, non_blocking=True)
         torch._foreach_copy_(graph.tensors, filled.tensors)
         graph.replay()
-        output = _cut(graph.output, total, tokens)
+        output = _cut(graph.output, len(graph.pixels), tokens)
         if stream is not None:
             self._done = stream.record_event()
-        self.counts["replayed"] += 1
         return output
 
-    def _met_before(self, key: tuple[Any, ...]) -> bool:
-        """Whether a batch of this bucket was there already; a size that comes once is not worth a graph."""
-        met = key in self._met
-        self._met[key] = None
-        self._met.move_to_end(key)
-        if len(self._met) > _REMEMBERED:
-            self._met.popitem(last=False)
-        return met
-
-    def _recorded(self, pixels: Tensor, filled: Filled, total: int) -> _Graph:
+    def _recorded(
+        self, pixels: Tensor, filled: Filled, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Graph:
         scope = scope_of(self.tower)
         assert scope is not None
+        total, tokens = sum(next(iter(filled.lengths.values()))), len(pixels)
         with torch.inference_mode(False), torch.no_grad():
             own_pixels = pixels.new_zeros(total, *pixels.shape[1:])
-            own_pixels[: len(pixels)].copy_(pixels)
+            own_pixels[:tokens].copy_(pixels)
             own = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in filled.tensors)
         keywords = filled.keywords(own)
         cuts = list(segments_of(filled, keywords))
@@ -193,29 +229,54 @@ class GraphedTower:
             with torch.inference_mode(False), torch.no_grad():
                 return self.tower._call_impl(own_pixels, **keywords)  # type: ignore[no-untyped-call]
 
+        expected = self.tower._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if pixels.device not in self._records:
+            self._records[pixels.device] = self.recorder(pixels.device)
         try:
-            output, replay = self.record(forward)
-            _cut(output, total, len(pixels))
+            output, replay = self._records[pixels.device](forward)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CannotRecord(f"its forward cannot be recorded: {reason}") from error
-        return _Graph(own_pixels, own, output, replay)
+        graph = _Graph(own_pixels, own, output, replay)
+        _check(self._replayed(graph, pixels, filled, tokens), expected)
+        return graph
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         scope = scope_of(self.tower)
         names = scope.parameters if scope is not None else []
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def _pixels_name(self) -> str:
-        scope = scope_of(self.tower)
-        return scope.parameters[0] if scope is not None else ""
+
+def _nothing() -> None:
+    return None
 
 
-def _filled(plan: VisionPlan) -> Filled:
+def _check(found: Any, expected: Any) -> None:
+    """Raise CannotRecord where a replay's output is not that of the tower's own forward."""
+    ours, theirs = pytree.tree_leaves(found), pytree.tree_leaves(expected)
+    if len(ours) != len(theirs):
+        raise CannotRecord("its output has other parts when it is recorded")
+    for mine, other in zip(ours, theirs, strict=True):
+        if not isinstance(other, Tensor):
+            continue
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            raise CannotRecord(
+                f"its output of {tuple(other.shape)} cannot be cut out of that of a batch that is filled up, "
+                f"which has {tuple(mine.shape)}"
+            )
+        distance = float((mine.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30))
+        if not distance <= _GROSS and other.isfinite().all():
+            raise CannotRecord(f"replayed, its output differs by {distance:.2g}")
+
+
+def _filled(plan: VisionPlan, max_seqlen: bool) -> Filled:
     """`fill_up(plan)`, kept with the plan: a batch that comes again costs a look-up."""
-    found: Filled | None = plan.__dict__.get("filled")
+    name = f"filled, max_seqlen={max_seqlen}"
+    found: Filled | None = plan.__dict__.get(name)
     if found is None:
-        found = plan.__dict__["filled"] = fill_up(plan)
+        found = plan.__dict__[name] = fill_up(plan, max_seqlen=max_seqlen)
     return found
 
 
@@ -243,7 +304,9 @@ def cuda_recorder(device: torch.device) -> Record:
                 forward()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # Other threads may go on using the GPU, but record nothing meanwhile.
+        mode = "thread_local"
+        with _CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             output = forward()
         return output, graph.replay
 
@@ -252,7 +315,7 @@ def cuda_recorder(device: torch.device) -> Record:
 
 def _plain(name: str, value: Any) -> bool:
     """Whether an argument asks for nothing but the common output."""
-    return value is None or (name == "return_dict" and value is True) or value is False
+    return value is None or value is (name == "return_dict")
 
 
 def _cut(output: Any, total: int, tokens: int) -> Any:

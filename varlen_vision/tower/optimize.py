@@ -92,7 +92,7 @@ class _Record:
             yield PartReport("compiled merger", merging, "as the blocks")
         if self.graphed is not None:
             counts = ", ".join(f"{count} {what}" for what, count in self.graphed.counts.most_common())
-            yield PartReport("CUDA graphs", len(self.compiled), f"calls so far: {counts or 'none'}")
+            yield PartReport("CUDA graphs", self.graphed.graphs, f"calls so far: {counts or 'none'}")
         waiting = Counter(mlp.why_not for mlp in self.mlps if mlp.why_not)
         for reason, count in waiting.items():
             yield PartReport("aligned MLP", 0, f"set aside in {count} blocks: {reason}")
@@ -258,7 +258,7 @@ def _graph(record: _Record, tower: nn.Module) -> None:
     if (reason := why_not_graphed(tower)) is not None:
         record.skipped.append(("CUDA graphs", reason))
         return
-    record.graphed = GraphedTower(tower, cuda_recorder(placement(tower)[0]))
+    record.graphed = GraphedTower(tower, cuda_recorder)
     tower._compiled_call_impl = record.graphed
 
 
