@@ -14,9 +14,11 @@ from tests.surroundings.same import assert_same_gradients, gradients, run
 from tests.tolerance import RAGGED, cumulative, fused, packed
 from tests.tower.odd import GATED, odd_tower
 from varlen_vision import compiled_training, optimize_vision, swap_attention
+from varlen_vision.errors import KernelError
 from varlen_vision.kernels import flash_attn_varlen_func, torch_varlen
 from varlen_vision.kernels.rope import rotate_back, rotate_plain
 from varlen_vision.kernels.spec import Call
+from varlen_vision.segments import SegmentMemory, Segments
 
 CALLS: list[str] = []
 
@@ -112,3 +114,38 @@ def test_rotating_back_is_the_transposed_rotation(width: int) -> None:
     expected = torch.autograd.grad(rotate_plain(q, k, cos, sin), (q, k), grads)
     for ours, theirs in zip(rotate_back(*grads, cos, sin), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_the_backward_reads_no_lengths(saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd's thread gets other tensor objects; on a GPU each reading would be a host stop per layer."""
+    monkeypatch.setattr(compiled_training, "can_save", lambda q, k, kernel: saves)
+    model = odd_tower(GATED)
+    swap_attention(model)
+    optimize_vision(model, "compile", backend="aot_eager")
+    run(GATED, model)
+    output = run(GATED, model)
+    reads: list[Tensor] = []
+    original = Segments.from_cu_seqlens
+    monkeypatch.setattr(Segments, "from_cu_seqlens", lambda cut: (reads.append(cut), original(cut))[1])
+    output.square().sum().backward()
+    assert not reads
+    assert all(p.grad is not None for p in model.blocks.parameters())  # type: ignore[union-attr, operator]
+
+
+def test_lengths_written_over_are_read_again() -> None:
+    memory, cut = SegmentMemory(2), cumulative([3, 5])
+    memory.keep(Segments.from_cu_seqlens(cut))
+    found = memory.find(cut.view(-1))
+    assert found is not None and found.lengths == (3, 5)
+    cut[1] = 4
+    assert memory.find(cut) is None
+    for lengths in ([1], [2], [3]):
+        memory.keep(Segments.from_lengths(lengths))
+    assert len(memory._known) == 2
+
+
+def test_more_segments_than_the_kernel_takes() -> None:
+    q = torch.zeros(70_000, 1, 8, requires_grad=True)
+    with pytest.raises(KernelError, match="70000 segments in one batch, torch_varlen takes at most 65535"):
+        compiled_training.attention(q, q, q, cumulative([1] * 70_000), None, None, None)

@@ -16,7 +16,9 @@ from torch import Tensor
 from varlen_vision import compiled_training
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.operators import define
-from varlen_vision.segments import current_reader
+from varlen_vision.segments import SegmentReader, current_reader
+
+_READER = SegmentReader()
 
 
 def attention(
@@ -67,7 +69,10 @@ def _attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> Tensor:
-    return _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin).contiguous()
+    reader = current_reader() or _READER
+    output = _run(q, k, v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin, reader)
+    compiled_training.MEMORY.keep(reader.segments(cu_seqlens))  # for the backward, if there is one
+    return output.contiguous()
 
 
 def _empty(q: Tensor, *_: Any) -> Tensor:
@@ -87,11 +92,14 @@ def _attention_backward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> list[Tensor]:
+    reader = SegmentReader()
+    if (segments := compiled_training.MEMORY.find(cu_seqlens)) is not None:
+        cu_seqlens = reader.remember(segments)
     with _autograd():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         leaf_q, leaf_k, leaf_v = leaves
         output = _run(
-            leaf_q, leaf_k, leaf_v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin
+            leaf_q, leaf_k, leaf_v, cu_seqlens, max_seqlen, softmax_scale, kernel, options, cos, sin, reader
         )
         gradients = torch.autograd.grad(output, leaves, gradient)
     return [tensor.contiguous() for tensor in gradients]
@@ -134,6 +142,7 @@ def _run(
     options: str,
     cos: Tensor | None,
     sin: Tensor | None,
+    reader: SegmentReader,
 ) -> Tensor:
     named: dict[str, Any] = dict(option.split("=") for option in options.split(",")) if options else {}
     return flash_attn_varlen_func(
@@ -147,7 +156,7 @@ def _run(
         softmax_scale=softmax_scale,
         rotary=None if cos is None or sin is None else (cos, sin),
         kernel=kernel,
-        reader=current_reader(),
+        reader=reader,
         **named,
     )
 

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varlen_vision.errors import KernelError
 from varlen_vision.kernels import KERNELS, rope, torch_varlen
 from varlen_vision.kernels.spec import Call, Request
 from varlen_vision.operators import define
-from varlen_vision.segments import SegmentReader, check_fit, current_reader
+from varlen_vision.segments import SegmentMemory, SegmentReader, Segments, check_fit, current_reader
 
 _KERNEL = "torch_varlen"
 _READER = SegmentReader()
+MEMORY = SegmentMemory()
 
 
 def can_save(q: Tensor, k: Tensor, kernel: str) -> bool:
@@ -58,7 +60,15 @@ def _forward(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    call = _call(q, cu_seqlens, max_seqlen, softmax_scale)
+    segments = (current_reader() or _READER).segments(cu_seqlens)
+    most = KERNELS[_KERNEL].max_segments
+    if most is not None and len(segments) > most:
+        raise KernelError(
+            f"{len(segments)} segments in one batch, {_KERNEL} takes at most {most}; use smaller batches, or "
+            "do not compile the vision blocks for training"
+        )
+    MEMORY.keep(segments)
+    call = _call(segments, q, max_seqlen, softmax_scale)
     if cos is not None and sin is not None:
         q, k = rope.rotate(q, k, cos, sin)
     output, logsumexp = torch_varlen.forward_saved(q, k, v, call)
@@ -82,7 +92,8 @@ def _backward(
     max_seqlen: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call(q, cu_seqlens, max_seqlen, softmax_scale)
+    segments = MEMORY.find(cu_seqlens) or _READER.segments(cu_seqlens)
+    call = _call(segments, q, max_seqlen, softmax_scale)
     if cos is not None and sin is not None:
         q, k = rope.rotate(q, k, cos, sin)
     q_grad, k_grad, v_grad = torch_varlen.backward_saved(
@@ -99,8 +110,7 @@ def _empty_gradients(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _call(q: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, softmax_scale: float | None) -> Call:
-    segments = (current_reader() or _READER).segments(cu_seqlens)
+def _call(segments: Segments, q: Tensor, max_seqlen: int | None, softmax_scale: float | None) -> Call:
     check_fit(segments, q.shape[0], max_seqlen)
     longest = segments.max_seqlen if max_seqlen is None else max_seqlen
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

@@ -49,8 +49,8 @@ def load_model(
         verify: check each swapped block beside the original (see swap_attention).
         vision_only: of a whole model's checkpoint load the vision tower alone. Only its weights are read, and
             from the hub only the files that hold them are fetched; they must be safetensors files.
-        optimize: with 'varlen', make the rest of the vision tower faster too: 'products' or 'compile' (see
-            optimize_vision).
+        optimize: with 'varlen', make the rest of the vision tower faster too: 'products', 'compile' or
+            'graphs' (see optimize_vision).
         from_pretrained_kwargs: passed to `from_pretrained`: dtype, device_map, revision,
             quantization_config, trust_remote_code and so on. `attn_implementation` is for the text part.
 

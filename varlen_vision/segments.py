@@ -325,5 +325,38 @@ class SegmentReader:
         return SegmentReader, ()
 
 
+class SegmentMemory:
+    """Segments of a forward, for its backward.
+
+    Autograd hands saved tensors on as other objects, on threads of its own, so that no SegmentReader knows
+    them. They are recognised by where they lie, which stays theirs since they are held, and by the version
+    counter that all views of a tensor share.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._known: OrderedDict[tuple[object, ...], Segments] = OrderedDict()
+        self._most = most
+        self._lock = threading.Lock()
+
+    def keep(self, segments: Segments) -> None:
+        """Know `segments` by their `cu_seqlens`."""
+        if (key := self._key(segments.cu_seqlens)) is not None:
+            with self._lock:
+                self._known[key] = segments
+                self._known.move_to_end(key)
+                if len(self._known) > self._most:
+                    self._known.popitem(last=False)
+
+    def find(self, cu_seqlens: Tensor) -> Segments | None:
+        """What was kept for this tensor; None where nothing was, or it was written into since."""
+        with self._lock:
+            return self._known.get(self._key(cu_seqlens))  # type: ignore[arg-type]
+
+    def _key(self, cu_seqlens: Tensor) -> tuple[object, ...] | None:
+        if cu_seqlens.is_inference():
+            return None
+        return cu_seqlens.data_ptr(), cu_seqlens.numel(), cu_seqlens._version, cu_seqlens.device
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
