@@ -83,19 +83,17 @@ class AlignedMLP(nn.Module):
 
     def check(self) -> None:
         """Before each call: whether the weights still lie there, and no layer became more than a product."""
-        layers = self._layers()
         if self.weights is None:
             return
-        if not self.weights.hold(layers):
+        layers = self._layers()
+        named = zip(self.structure.layers, map(why_not_plain, layers), strict=True)
+        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
+        if self.why_not is None and not self.weights.hold(layers):
             self._take(None)
-            self.ready = False
             moved = (
                 "its weights were put elsewhere since (FSDP, an optimiser's flat buffer, an assigned state)"
             )
             self.why_not = f"{moved}; restore_vision and optimize_vision lay them out anew"
-            return
-        named = zip(self.structure.layers, map(why_not_plain, layers), strict=True)
-        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
         self.ready = self.why_not is None
 
     def hand_back(self) -> nn.Module:
