@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.surroundings import same
 from tests.surroundings.same import assert_same
 from tests.tower import odd
-from tests.towers import batch, merged, tower
+from tests.towers import batch, merged, tower, tower_inside
 from varlen_vision import optimize_vision, swap_attention
 from varlen_vision.errors import OptimizeError
 from varlen_vision.plan import Grid
@@ -479,3 +479,19 @@ def test_a_frame_is_rounded_up_never_down() -> None:
     assert Segments.of_frame(cu_seqlens, (3, 5), 64).max_seqlen == 64
     with pytest.raises(ValueError, match="max_seqlen is 4"):
         Segments.of_frame(cu_seqlens, (3, 5), 4)
+
+
+def test_a_whole_model_generates_through_graphs() -> None:
+    if find_spec("transformers.vision_utils") is None:
+        pytest.skip("this release of transformers takes nothing planned, so nothing is recorded")
+    model, plain = same.whole_model(), same.whole_model()
+    swap_attention(model, "reference")
+    _, visual = tower_inside(model)
+    graphed = visual._compiled_call_impl = GraphedTower(visual, lambda device: rerun, device_type="cpu")
+    for _ in range(4):
+        assert_same(same.logits(model)[0], same.logits(plain)[0])
+    found, expected = (
+        one.generate(**same.prompt(), max_new_tokens=4, do_sample=False) for one in (model, plain)
+    )
+    assert torch.equal(found, expected)
+    assert graphed.counts["recorded"] == 1 and graphed.counts["replayed"] >= 3
