@@ -393,6 +393,16 @@ def test_graphs_are_bounded() -> None:
     assert len(pair.graphed._graphs) == 2
 
 
+def test_graphs_are_bounded_by_bytes() -> None:
+    pair = Pair("qwen2_5_vl", max_bytes=3 * 2**20)
+    for _ in range(2):
+        for side in (4, 20, 26, 32):
+            pair.check(((1, side, side),))
+            pair.check(((1, side, side),))
+            assert pair.graphed.nbytes <= 3 * 2**20 or pair.graphed.graphs == 1
+    assert pair.counted("recorded") > 4
+
+
 def test_two_threads() -> None:
     pair = Pair("qwen2_5_vl")
     expected = {grids: merged(pair.plain(*batch(pair.plain, grids))).detach() for grids in SAME_BUCKET}

@@ -22,8 +22,10 @@ from varlen_vision.tower.buckets import Filled, Frame, bucket_tokens, fill_up, f
 from varlen_vision.tower.fingerprint import Fingerprint
 from varlen_vision.vision_plan import VisionPlan, plan_rows
 
-# Graphs kept. Their work shares one pool of memory; each has pixels and an output of its own.
+# Graphs kept, and bytes that they may keep: the work of all shares one pool of memory, but each has pixels,
+# tensors and an output of its own.
 MAX_GRAPHS = 32
+MAX_BYTES = 2 * 2**30
 # Buckets of which one batch was seen, or that could not be recorded.
 _REMEMBERED = 1024
 _WARM_UPS = 2
@@ -60,6 +62,12 @@ class _Graph:
     output: Any
     replay: Callable[[], None]
 
+    @property
+    def nbytes(self) -> int:
+        """What it keeps, beside the pool."""
+        kept = (self.pixels, *self.tensors, *pytree.tree_leaves(self.output))
+        return sum(leaf.nbytes for leaf in kept if isinstance(leaf, Tensor))
+
 
 class GraphedTower:
     """Takes a tower's calls; replays those that fit a bucket, and hands the others on.
@@ -68,6 +76,7 @@ class GraphedTower:
         tower: swapped, and optimised but for this.
         recorder: for a device, how a forward is recorded there.
         max_graphs: kept at once; the one used longest ago goes first.
+        max_bytes: that they may keep; the one that was recorded last stays, whatever it takes.
         device_type: of the devices that `recorder` is for.
     """
 
@@ -76,11 +85,13 @@ class GraphedTower:
         tower: nn.Module,
         recorder: Callable[[torch.device], Record],
         max_graphs: int = MAX_GRAPHS,
+        max_bytes: int = MAX_BYTES,
         device_type: str = "cuda",
     ) -> None:
         self.tower = tower
         self.recorder = recorder
         self.max_graphs = max_graphs
+        self.max_bytes = max_bytes
         self.device_type = device_type
         self.counts: Counter[str] = Counter()
         """Calls by what became of them: 'replayed', 'recorded', or why neither."""
@@ -97,6 +108,11 @@ class GraphedTower:
         """How many are kept."""
         return len(self._graphs)
 
+    @property
+    def nbytes(self) -> int:
+        """What they keep, beside the pool."""
+        return sum(graph.nbytes for graph in self._graphs.values())
+
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         why, output = self._why_not(args, kwargs), None
@@ -109,8 +125,14 @@ class GraphedTower:
 
     def clear(self) -> None:
         """Drop all graphs."""
+        self._wait()
         self._graphs.clear()
         self._met.clear()
+
+    def _wait(self) -> None:
+        """Before memory is let go that a replay on any stream may still read."""
+        if self._done is not None:
+            self._done.synchronize()
 
     # A copy, or a pickle, has no graphs: they are of the memory of this one.
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -175,7 +197,10 @@ class GraphedTower:
                     self._busy = False
                 self.counts["recorded"] += 1
                 self._graphs[key] = graph
-                if len(self._graphs) > self.max_graphs:
+                while len(self._graphs) > self.max_graphs or (
+                    self.nbytes > self.max_bytes and self.graphs > 1
+                ):
+                    self._wait()
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             self.counts["replayed"] += 1
