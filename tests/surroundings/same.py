@@ -6,6 +6,8 @@ their results differ by rounding, which over a few layers stays near 1e-6.
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -118,3 +120,18 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
     for name, gradient in expected.items():
         distance = float((actual[name] - gradient).norm())
         assert distance <= CLOSE * max(float(gradient.norm()), 1e-2 * largest), f"{name}: {distance}"
+
+
+def saved(model: nn.Module) -> nn.Module:
+    """Through torch.save and torch.load."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """Through pickle."""
+    loaded: nn.Module = pickle.loads(pickle.dumps(model))
+    return loaded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from importlib.util import find_spec
 from shutil import which
 from typing import Any
@@ -33,15 +32,7 @@ from varlen_vision.families.recipe import recipe_of
 from varlen_vision.scopes import scope_of
 from varlen_vision.testing import zoo
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before or after; counters at zero."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.config.error_on_recompile = False
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

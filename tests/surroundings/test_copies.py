@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +17,10 @@ from tests.surroundings.same import (
     batch,
     gradients,
     logits,
+    pickled,
     prompt,
     run,
+    saved,
     tower,
     whole_model,
 )
@@ -31,19 +31,6 @@ from varlen_vision.parity import budget, relative_error
 
 # Windows; segments in a mask's place; a merger between the layers; a batch that is padded.
 TOWERS = ("qwen2_5_vl", "pixtral", "minicpmv4_6")
-
-
-def saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    loaded: nn.Module = pickle.loads(pickle.dumps(model))
-    return loaded
 
 
 CLONES: tuple[Callable[[nn.Module], nn.Module], ...] = (copy.deepcopy, pickled, saved)

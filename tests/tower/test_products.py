@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,9 @@ from tests.surroundings.same import (
     assert_same,
     assert_same_gradients,
     gradients,
+    pickled,
     run,
+    saved,
     whole_model,
 )
 from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower
@@ -159,18 +160,6 @@ def _to_double_and_back(model: nn.Module) -> nn.Module:
     return model.double().float()
 
 
-def _deepcopied(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
-
-
-def _saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
-
-
 def _data_replaced(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -178,7 +167,7 @@ def _data_replaced(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [_to_double_and_back, _deepcopied, _saved, _data_replaced])
+@pytest.mark.parametrize("change", [_to_double_and_back, copy.deepcopy, saved, pickled, _data_replaced])
 def test_weights_that_moved_are_found_again(name: str, change: Callable[[nn.Module], nn.Module]) -> None:
     model = change(optimized(name))
     assert_same(run(name, model), run(name, odd_tower(name)))
