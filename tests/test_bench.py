@@ -266,9 +266,9 @@ class TestTargets:
     def test_tiny_towers_have_none(self) -> None:
         assert verdicts([replace(RECORD, tower=running.named(TOWERS[0], CPU), ms=1.0)]) == []
 
-    def test_every_workload_of_the_main_tower_has_four(self) -> None:
+    def test_every_workload_of_the_main_tower_has_five(self) -> None:
         for name in WORKLOADS:
-            assert sum(target.workload == name for target in TARGETS) == 4
+            assert sum(target.workload == name for target in TARGETS) == 5
 
 
 def kernel(name: str, start: int, milliseconds: int) -> Fake:

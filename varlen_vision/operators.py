@@ -1,7 +1,7 @@
 """Operators of our own for compiled graphs, defined at the dispatcher.
 
-`torch.library.custom_op` also checks each call for aliases and wraps each function several times; a tower calls
-two operators per block, and none of them returns its arguments.
+`torch.library.custom_op` also checks each call for aliases and wraps each function several times; a tower
+calls two operators per block, and none of them returns its arguments.
 
 Source: PyTorch's custom operators, https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html.
 """

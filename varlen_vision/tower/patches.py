@@ -1,7 +1,8 @@
 """PatchProduct: the convolution of a patch embedding, written as the product that it is.
 
 A packed tower gets patches cut out already, so its convolution has one position per patch: kernel and stride
-are the size of a patch. cuDNN's convolution took 5.9 ms of 8 images of 1344x896 on an H200 (docs/performance.md).
+are the size of a patch. cuDNN's convolution took 5.9 ms for 8 images of 1344x896 on an H200
+(docs/performance.md).
 """
 
 from __future__ import annotations

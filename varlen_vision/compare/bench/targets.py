@@ -102,8 +102,8 @@ _FLOOR = {
     "small": (2.00, 1.60),
 }
 _SDPA = {name: 10.0 if name == "small" else 7.5 for name in WORKLOADS}
-# Of 'a plain varlen call in transformers' own blocks'. Its flash path is that; `varlen` fuses RoPE and chooses
-# kernels too, and is the harder one. Both are judged.
+# Over 'a plain varlen call in transformers' own blocks'. Its flash path is that; `varlen` fuses RoPE and
+# chooses kernels too, and is harder to beat. Both are judged.
 _PLAIN = {name: 5.0 if name == "small" else 2.5 for name in WORKLOADS}
 _MAIN = TOWERS[0]
 
