@@ -143,7 +143,7 @@ class AlignedMLP(nn.Module):
         return self.rows, self.bias, self.columns, down.bias
 
     def _layers(self) -> list[nn.Module]:
-        return [self.get_submodule(name) for name in self.structure.layers]
+        return [getattr(self, name) for name in self.structure.layers]
 
     def _take(self, weights: _Weights | None) -> None:
         # As plain attributes: a compiled graph gets them as inputs, and one graph serves all layers.
@@ -239,7 +239,8 @@ def _places(layers: list[nn.Module]) -> tuple[Any, ...]:
     return tuple(
         (parameter.data_ptr(), parameter.dtype, parameter.stride())
         for layer in layers
-        for parameter in layer.parameters()
+        for parameter in layer._parameters.values()  # plain layers hold no others
+        if parameter is not None
     )
 
 
