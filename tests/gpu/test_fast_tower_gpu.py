@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from tests.gpu.test_compile_gpu import BATCHES, run
 from tests.gpu.test_towers_gpu import wide_tower
@@ -18,7 +20,7 @@ from tests.towers import batch, exact, merged
 from varlen_vision import compiled_training, optimize_vision, restore_vision, swap_attention
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.parity import budget, relative_error
-from varlen_vision.tower.gated import silu_mul
+from varlen_vision.tower.gated import silu_linear, silu_mul
 from varlen_vision.tower.graphs import GraphedTower
 
 pytestmark = pytest.mark.gpu
@@ -133,6 +135,60 @@ def test_silu_mul(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         plain = silu(inner.chunk(2, dim=-1)[0]) * inner.chunk(2, dim=-1)[1]
         most = budget(relative_error(plain.flatten(0, -2), truth.flatten(0, -2)), dtype)
         assert relative_error(found.flatten(0, -2), truth.flatten(0, -2)).within(most)
+
+
+# Below and above what the kernel takes, tails of tokens, columns and channels; one group of tiles and many.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1023, 1024, 1163, 6144, 20000])
+@pytest.mark.parametrize("width, channels", [(3424, 1280), (4096, 1536), (1000, 72), (3420, 1280), (8, 1024)])
+def test_silu_linear(dtype: torch.dtype, tokens: int, width: int, channels: int) -> None:
+    x = torch.randn(tokens, channels, dtype=dtype, device="cuda")
+    weight = torch.randn(2 * width, channels, dtype=dtype, device="cuda") * channels**-0.5
+    for bias in (None, torch.randn(2 * width, dtype=dtype, device="cuda")):
+        gate, up = linear(x.double(), weight.double(), None if bias is None else bias.double()).chunk(2, -1)
+        truth: Tensor = silu(gate) * up
+        with poisoned_memory():
+            found = silu_linear(x, weight, bias)
+        assert found.shape == truth.shape and found.dtype == dtype
+        if tokens:
+            gate, up = linear(x, weight, bias).chunk(2, -1)
+            allowed = budget(relative_error(silu(gate) * up, truth), dtype)
+            error = relative_error(found, truth)
+            assert error.within(allowed), f"{error}, allowed {allowed}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What a kernel leaves unwritten is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_silu_linear_of_views_and_layers_of_a_tower() -> None:
+    """Rows off the 16-byte grid are copied; weights in slices of larger ones are taken as they lie."""
+    buffer = torch.randn(1200 * 1281 + 1, dtype=torch.bfloat16, device="cuda")
+    x = buffer[1 : 1 + 1200 * 1280].view(1200, 1280)
+    wide = torch.randn(1200, 2560, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(3 * 512, 1280, dtype=torch.bfloat16, device="cuda")[512:] * 0.03
+    for rows in (x, wide[:, 1280:], wide.view(2, 600, 2560)[..., :1280]):
+        gate, up = linear(rows, weight).float().chunk(2, -1)
+        found = silu_linear(rows, weight, None)
+        assert found.shape == (*rows.shape[:-1], 512)
+        assert torch.allclose(found.float(), silu(gate) * up, rtol=3e-2, atol=3e-2)
+
+
+def test_silu_linear_beyond_32_bits() -> None:
+    tokens = 2**31 // 3424 + 77
+    if torch.cuda.mem_get_info()[0] < 8 * tokens * 3424:
+        pytest.skip("needs 17 GB of free GPU memory")
+    x = torch.randn(tokens, 64, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(6848, 64, dtype=torch.bfloat16, device="cuda") * 0.1
+    found = silu_linear(x, weight, None)[-300:]
+    gate, up = linear(x[-300:].float(), weight.float()).chunk(2, -1)
+    assert torch.allclose(found.float(), silu(gate) * up, rtol=3e-2, atol=3e-2)
 
 
 def test_silu_mul_beyond_32_bits() -> None:

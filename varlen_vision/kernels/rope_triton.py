@@ -122,6 +122,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         q and k, rotated in float32, contiguous, in their own dtype.
     """
     cos, sin = cos.contiguous(), sin.contiguous()
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return _launch(q, k, cos, sin, transposed=False)  # autograd's own part costs the host as much again
     rotated: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 

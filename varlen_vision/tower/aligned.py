@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varlen_vision.tower.gated import is_silu, silu_mul
+from varlen_vision.tower.gated import is_silu, silu_linear
 from varlen_vision.tower.mlp import MLPStructure, why_not_plain
 
 # Tensor cores read pieces of 16 bytes: 8 channels of two bytes each.
@@ -114,12 +114,12 @@ class AlignedMLP(nn.Module):
             result: Tensor = self.__dict__["original"].forward(hidden_state)
             return result
         weight_in, bias_in, weight_out, bias_out = self._operands()
+        if self.silu:
+            return F.linear(silu_linear(hidden_state, weight_in, bias_in), weight_out, bias_out)
         inner = F.linear(hidden_state, weight_in, bias_in)
         activate = self.structure.activate(self.__dict__["original"])
         if self.structure.gate is None:
             inner = activate(inner)
-        elif self.silu:
-            inner = silu_mul(inner)
         else:
             gate, up = inner.chunk(2, dim=-1)
             inner = activate(gate) * up

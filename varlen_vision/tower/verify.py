@@ -14,7 +14,8 @@ from varlen_vision.placement import placement
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.patches import PatchProduct
 
-_TOKENS = 131  # odd, more than one tile
+# Odd, more than one tile; on a GPU enough for every kernel that a module may call.
+_TOKENS = {"cpu": 131, "cuda": 1163}
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def verify_stand_in(name: str, module: AlignedMLP | PatchProduct, tower: nn.Modu
     original = copy.deepcopy(module.__dict__["original"])
     if isinstance(trial, AlignedMLP):
         trial.lay_out()
-    inputs = _inputs(module).to(device, dtype)
+    inputs = _inputs(module, _TOKENS.get(device.type, 131)).to(device, dtype)
     plain: Tensor = original.forward(inputs)
     exact: Tensor = original.double().forward(inputs.double())
     allowed = budget(relative_error(plain, exact), plain.dtype)
@@ -48,11 +49,11 @@ def verify_stand_in(name: str, module: AlignedMLP | PatchProduct, tower: nn.Modu
         )
 
 
-def _inputs(module: AlignedMLP | PatchProduct) -> Tensor:
+def _inputs(module: AlignedMLP | PatchProduct, tokens: int) -> Tensor:
     # A generator of its own: the caller's random numbers stay what they would have been.
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, AlignedMLP):
         first: Any = module.get_submodule(module.structure.layers[0])
-        return torch.randn(_TOKENS, first.in_features, generator=generator)
+        return torch.randn(tokens, first.in_features, generator=generator)
     original: Any = module.__dict__["original"]
-    return torch.randn(_TOKENS, original.in_channels, *original.kernel_size, generator=generator)
+    return torch.randn(tokens, original.in_channels, *original.kernel_size, generator=generator)
