@@ -11,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from varlen_vision.compare.command import compare
+from varlen_vision.doctor.command import doctor
 from varlen_vision.families import supported_families
 from varlen_vision.kernels import available_kernels, costs
+from varlen_vision.profiling.command import profile
 from varlen_vision.tune.command import tune
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(compare)
+app.command()(doctor)
+app.command()(profile)
 app.command()(tune)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import varlen_vision
+from varlen_vision.compare.host import cores, cpu_name, version
 from varlen_vision.compare.results import Machine
 
 PACKAGES = ("varlen_vision", "torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -22,12 +21,12 @@ def describe_machine(device: torch.device) -> Machine:
     cuda = device.type == "cuda"
     return Machine(
         device=torch.cuda.get_device_name(device) if cuda else "CPU",
-        cpu=_cpu_name(),
-        cores=_cores(),
+        cpu=cpu_name(),
+        cores=cores(),
         threads=torch.get_num_threads(),
         system=platform.platform(),
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version(name) for name in PACKAGES},
         cuda=str(torch.version.cuda) if cuda else "not used",
         commit=commit(Path(varlen_vision.__file__).parent),
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -50,24 +49,3 @@ def commit(folder: Path) -> str:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

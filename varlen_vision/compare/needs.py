@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from varlen_vision.compare.host import free_memory
 
 # A path is left out when one forward is predicted to take more than this many times the budget.
 PATIENCE = 10.0
@@ -128,19 +128,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    total = _physical()
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
-
-
-def _physical() -> int:
-    """Memory that Linux could free for a new process; elsewhere all that the machine has."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return free_memory()
 
 
 def readable_bytes(count: float) -> str:
