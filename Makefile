@@ -26,7 +26,7 @@ compare: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 compare: export MALLOC_MMAP_THRESHOLD_ = 33554432
 compare: .venv/.installed  ## every attention path side by side, on the CPU, with a small checkpoint
 	mkdir -p results
-	$(BIN)/varlen-vision compare --device cpu --repeats 45 --json results/compare.json --markdown results/compare.md
+	$(BIN)/varlen-vision compare --device cpu --repeats 45 --json results/compare.json --markdown results/compare.md --report results/report
 
 test: lint  ## ruff, mypy, pytest with the newest transformers in constraints/
 	$(BIN)/python -m pytest --numprocesses auto

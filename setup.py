@@ -17,7 +17,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["varlen_vision", "varlen_vision.*"]),
-    package_data={"varlen_vision": ["py.typed"], "varlen_vision.kernels.costs": ["*.json"]},
+    package_data={
+        "varlen_vision": ["py.typed"],
+        "varlen_vision.kernels.costs": ["*.json"],
+        "varlen_vision.compare.page": ["templates/*"],
+    },
     install_requires=[
         "torch>=2.10",
         "transformers>=4.51",
@@ -31,13 +35,14 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
-        "report": ["matplotlib", "scikit-image"],
+        "report": ["jinja2", "matplotlib", "scikit-image"],
         "test": TEST,
         "dev": [
             *TEST,
             "mypy",
             "nox",
             "peft",
+            "playwright",
             "pre-commit",
             "ruff",
             "torchao",

@@ -16,11 +16,12 @@ from varlen_vision.compare import needs
 from varlen_vision.compare.attention import PER_SEGMENT, Lengths
 from varlen_vision.compare.errors import CompareError
 from varlen_vision.compare.gate import judge
+from varlen_vision.compare.loaded import Tower, load_tower, prepare
 from varlen_vision.compare.paths import COMPILED, MASK_AS_SHIPPED, PATHS, PLAIN, select
 from varlen_vision.compare.results import Comparison, Row, WorkloadResult
 from varlen_vision.compare.run import Settings, compare
 from varlen_vision.compare.tables import markdown
-from varlen_vision.compare.tower import Effort, Tower, compare_paths, load_tower, prepare
+from varlen_vision.compare.tower import Effort, compare_paths
 from varlen_vision.compare.workloads import Workload, folder_workload
 from varlen_vision.errors import LoadError
 from varlen_vision.families import FAMILIES

@@ -31,7 +31,7 @@ app.command()(tune)
 @app.command()
 def kernels(
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. [default: cuda where there is a GPU]")
+        str | None, typer.Option(help="Such as cpu or cuda. \\[default: cuda where there is a GPU]")
     ] = None,
 ) -> None:
     """Show every kernel, usable here or not and why, what `auto` chooses by, and the model families."""

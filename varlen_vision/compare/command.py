@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from varlen_vision.compare.page import check_folder, check_installed, write_report
 from varlen_vision.compare.paths import PATHS
+from varlen_vision.compare.results import Comparison
 from varlen_vision.compare.run import DTYPES, Settings, known_workloads
 from varlen_vision.compare.run import compare as run
 from varlen_vision.compare.tables import markdown, sheets
@@ -32,19 +34,19 @@ def compare(
         str, typer.Option(help="Folder or hub name of a model or vision tower; default: random weights.")
     ] = "",
     family: Annotated[
-        str | None, typer.Option(help="Family of the random weights. [default: qwen2_5_vl]")
+        str | None, typer.Option(help="Family of the random weights. \\[default: qwen2_5_vl]")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Their size: tiny or real. [default: tiny]")] = None,
+    size: Annotated[str | None, typer.Option(help="Their size: tiny or real. \\[default: tiny]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. [default: float32 on cpu, bfloat16 on cuda]")
+        str | None, typer.Option(help="float32 or bfloat16. \\[default: float32 on cpu, bfloat16 on cuda]")
     ] = None,
     workload: Annotated[
         list[str] | None,
         typer.Option(
             help="Folder of your own images (all of them are one batch), or a built-in workload: "
             f"cpu: {', '.join(known_workloads('cpu'))}; cuda: {', '.join(known_workloads('cuda'))}. "
-            "May be repeated. [default: all built-in ones]"
+            "May be repeated. \\[default: all built-in ones]"
         ),
     ] = None,
     paths: Annotated[
@@ -64,12 +66,19 @@ def compare(
         typer.Option(
             min=0.001,
             help="What these may take; fewer samples are made where it would take longer. "
-            f"[default: {BUDGETS['cpu']:g} on cpu, {BUDGETS['cuda']:g} on cuda]",
+            f"\\[default: {BUDGETS['cpu']:g} on cpu, {BUDGETS['cuda']:g} on cuda]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights, and of q, k, v in attention alone.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything measured here.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page to look at, and its data, into this folder; also measures how time and memory "
+            "grow with the batch. New, empty, or with an earlier report, which is overwritten."
+        ),
+    ] = None,
 ) -> None:
     """Set the dense mask, transformers' own attention and the varlen kernels side by side.
 
@@ -85,6 +94,8 @@ def compare(
     for file in (json, markdown_file):
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(f"{str(file.parent)!r} is not a folder; it should hold {file.name}")
+    if report is not None:
+        _check_report(report)
     settings = Settings(
         device=device,
         dtype=dtype,
@@ -97,6 +108,7 @@ def compare(
         repeats=repeats,
         budget=BUDGETS[device] if budget_seconds is None else budget_seconds,
         seed=seed,
+        growth=report is not None,
     )
     # Newer PyTorch logs every start of the profiler, across the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -115,9 +127,27 @@ def compare(
         json.write_text(comparison.to_json(), encoding="utf-8")
     if markdown_file is not None:
         markdown_file.write_text(markdown(comparison), encoding="utf-8")
+    if report is not None:
+        console.print(f"Report: {_written(comparison, report)}", markup=False)
     if comparison.red:
         console.print(f"Out of parity: {'; '.join(comparison.red)}", style="bold red", markup=False)
         raise typer.Exit(1)
+
+
+def _check_report(folder: Path) -> None:
+    """Refuse before anything is measured what could not be written afterwards."""
+    try:
+        check_installed()
+        check_folder(folder)
+    except VarlenVisionError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _written(comparison: Comparison, folder: Path) -> Path:
+    try:
+        return write_report(comparison, folder)
+    except VarlenVisionError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def check_device(device: str) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from varlen_vision.compare.timing import stopwatch
 from varlen_vision.families import Family
 
-SQUARE = 8192
+# Large enough to be near the best rate; a CPU would take seconds for what a GPU needs.
+SQUARES = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,13 @@ def tower_flops(shape: TowerShape, lengths: Mapping[str, tuple[int, ...]]) -> in
         shape: of the tower.
         lengths: for each layout the patches n of each segment, T in all.
     """
-    tokens = sum(lengths["frames"])
-    linear = 2 * tokens * shape.patch_weights + 2 * tokens // shape.unit * shape.merged_weights
+    linear = linear_flops(shape, sum(lengths["frames"]))
     return linear + sum(attention_flops(shape.channels, lengths[layout]) for layout in shape.layouts)
+
+
+def linear_flops(shape: TowerShape, tokens: int) -> int:
+    """Floating-point operations of all products with weights in one forward of T tokens."""
+    return 2 * tokens * shape.patch_weights + 2 * tokens // shape.unit * shape.merged_weights
 
 
 def attention_flops(channels: int, lengths: Iterable[int]) -> int:
@@ -99,12 +104,17 @@ def attention_flops(channels: int, lengths: Iterable[int]) -> int:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two SQUARE x SQUARE matrices of random numbers; median of 20 after warm-up."""
+    """FLOP/s of a product of two large square matrices of random numbers, after warm-up.
+
+    The median of 20; on a CPU, whose cores others use too, the best of 20.
+    """
+    square = SQUARES[device.type]
     generator = torch.Generator(device).manual_seed(0)
     left, right = (
-        torch.randn(SQUARE, SQUARE, device=device, generator=generator).to(dtype) for _ in range(2)
+        torch.randn(square, square, device=device, generator=generator).to(dtype) for _ in range(2)
     )
     for _ in range(5):
         left @ right
-    seconds = statistics.median(stopwatch(device, lambda: left @ right) for _ in range(20))
-    return 2 * SQUARE**3 / seconds
+    samples = [stopwatch(device, lambda: left @ right) for _ in range(20)]
+    seconds = statistics.median(samples) if device.type == "cuda" else min(samples)
+    return 2 * square**3 / seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def describe_machine(device: torch.device) -> Machine:
         cuda=str(torch.version.cuda) if cuda else "not used",
         commit=commit(Path(varlen_vision.__file__).parent),
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 

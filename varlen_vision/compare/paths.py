@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
 from varlen_vision.compare.errors import CompareError
 from varlen_vision.kernels import KERNELS
@@ -19,6 +20,8 @@ from varlen_vision.swap import restore_attention, swap_attention
 
 MASK_AS_SHIPPED = "sdpa_mask[device_slices]"
 PLAIN = "sdpa"
+# Before, its sdpa made a dense mask.
+SPLIT_SINCE = Version("4.53")
 BASELINES = (MASK_AS_SHIPPED, PLAIN)
 COMPILED = "+compile"
 
@@ -162,6 +165,11 @@ def _flash_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
         return f"transformers {version} cannot change the attention of a model in memory"
     return "" if available() else f"its package is not installed, says transformers {version}"
+
+
+def plain_about(release: str) -> str:
+    """What PLAIN does in a release of transformers, in a few words."""
+    return "one call per segment" if Version(release) >= SPLIT_SINCE else "one call with a dense mask"
 
 
 def _short(name: str) -> str:

@@ -21,6 +21,7 @@ BLOCKS_END = "varlen_vision.blocks_end"
 WAITS = frozenset({"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"})
 COPY_CALLS = ("cudaMemcpy", "cuMemcpy")
 COPY_TO_HOST = "Memcpy DtoH"
+SCALAR_READ = "aten::_local_scalar_dense"
 NOT_KERNELS = ("Memcpy", "Memset", "varlen_vision.")
 
 
@@ -84,8 +85,9 @@ def count(events: Iterable[Event], on_gpu: bool) -> Activity:
     events = list(events)
     host = [event for event in events if event.device_type() == DeviceType.CPU]
     aten_calls = sum(event.name().startswith("aten::") for event in host)
+    scalar_reads = sum(event.name() == SCALAR_READ for event in host)
     if not on_gpu:
-        return Activity(None, None, None, None, aten_calls)
+        return Activity(None, None, None, None, aten_calls, scalar_reads)
     marks = {event.name(): event for event in host if event.name().startswith("varlen_vision.")}
     begin = marks[FORWARD].start_ns()
     end = begin + marks[FORWARD].duration_ns()
@@ -108,6 +110,7 @@ def count(events: Iterable[Event], on_gpu: bool) -> Activity:
             not event.name().startswith(NOT_KERNELS) and not event.is_user_annotation() for event in device
         ),
         aten_calls=aten_calls,
+        scalar_reads=scalar_reads,
     )
 
 

@@ -40,6 +40,8 @@ class Activity:
         synchronisations: times the host waited for a stream, an event or the device.
         kernels: kernels that ran on the device.
         aten_calls: PyTorch operators called on the host, nested ones counted too.
+        scalar_reads: elements of tensors that Python read one by one, such as the bounds of a slice. Counted
+            on every device; on a GPU each is a copy to the host with a wait.
     """
 
     copies_to_host: int | None
@@ -47,6 +49,7 @@ class Activity:
     synchronisations: int | None
     kernels: int | None
     aten_calls: int
+    scalar_reads: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,11 @@ class Row:
         peak_bytes: tensor memory in use at once during a forward, beyond what was in use before it.
         activity: see Activity.
         speedup: how many times faster than each baseline that was timed.
-        over_floor: time over what the arithmetic alone would take at the measured rate; CUDA only.
+        over_floor: time over what the arithmetic alone would take at the measured rate.
+        gate_seconds: of the one call that the gate judged; no measurement, but all there is of a red path.
+        blocks: distance of each block's output from the float64 reference's, overall, in order; empty for a
+            compiled path, whose blocks cannot be watched.
+        kinds: seconds of one forward under the profiler by kind of work (see varlen_vision.compare.kinds).
     """
 
     path: str
@@ -78,6 +85,9 @@ class Row:
     activity: Activity | None = None
     speedup: dict[str, float] = field(default_factory=dict)
     over_floor: float | None = None
+    gate_seconds: float | None = None
+    blocks: tuple[float, ...] = ()
+    kinds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,14 @@ class WorkloadResult:
         patches: T, in all segments.
         segments: number of segments in each layout.
         flops: floating-point operations that it takes.
-        floor: seconds that `flops` take at the measured rate; CUDA only.
+        floor: seconds that `flops` take at the measured rate.
         note: why nothing ran, where nothing did.
         rows: one per path.
+        grids: frames, height and width in patches of each image or video; empty for attention alone.
+        lengths: patches of each segment, in each layout.
+        layers: how many layers of the tower have each layout.
+        floors: least seconds of each kind of work (see varlen_vision.compare.floors).
+        copy_rate: bytes/s read and written by a copy as large as the tower's hidden states.
     """
 
     name: str
@@ -102,11 +117,49 @@ class WorkloadResult:
     floor: float | None = None
     note: str = ""
     rows: tuple[Row, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    copy_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A straight line through points on two logarithmic axes: y = factor * patches ** exponent.
+
+    Attributes:
+        exponent, factor: see above.
+        points: how many it goes through.
+    """
+
+    exponent: float
+    factor: float
+    points: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A few paths on batches of rising size.
+
+    Attributes:
+        name, description: of what rises.
+        results: one per size; a path that was stopped has no row in those that follow.
+        stopped: why a path was not run at larger sizes.
+        time, memory: for each path the line through its times (seconds) and its peaks (bytes).
+    """
+
+    name: str
+    description: str
+    results: tuple[WorkloadResult, ...]
+    stopped: dict[str, str]
+    time: dict[str, Fit]
+    memory: dict[str, Fit]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what a comparison ran."""
+    """Where, when (UTC, ISO 8601) and with what a comparison ran."""
 
     device: str
     cpu: str
@@ -118,6 +171,7 @@ class Machine:
     cuda: str
     commit: str
     command: str
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,11 +194,12 @@ class Comparison:
     Attributes:
         machine, tower: where and on what.
         settings: what was asked for.
-        rate: FLOP/s of a large matrix product, measured in this run; CUDA only.
+        rate: FLOP/s of a large matrix product, measured in this run.
         unavailable: the paths that cannot run here, each with the reason.
         workloads: the whole tower on each workload.
         attention: attention alone on each list of segment lengths.
         seconds: duration of the run.
+        growth: a few paths on batches of rising size, where they were asked for.
     """
 
     machine: Machine
@@ -155,11 +210,13 @@ class Comparison:
     workloads: tuple[WorkloadResult, ...]
     attention: tuple[WorkloadResult, ...]
     seconds: float
+    growth: tuple[Growth, ...] = ()
 
     @property
     def red(self) -> list[str]:
         """'path on workload' of each gate that is red."""
-        results = (*self.workloads, *self.attention)
+        rising = [result for growth in self.growth for result in growth.results]
+        results = (*self.workloads, *self.attention, *rising)
         return [
             f"{row.path} on {result.name}" for result in results for row in result.rows if row.status == "red"
         ]

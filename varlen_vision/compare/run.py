@@ -16,12 +16,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from varlen_vision.compare.attention import LENGTHS, compare_attention
 from varlen_vision.compare.errors import CompareError
 from varlen_vision.compare.flops import product_rate
+from varlen_vision.compare.growth import SWEEPS, measure_growth
+from varlen_vision.compare.loaded import Tower, load_tower, prepare
 from varlen_vision.compare.machine import describe_machine
 from varlen_vision.compare.paths import check_names, select
 from varlen_vision.compare.profiling import warm_up
-from varlen_vision.compare.results import Comparison, TowerInfo, WorkloadResult
+from varlen_vision.compare.results import Comparison, Growth, TowerInfo, WorkloadResult
 from varlen_vision.compare.timing import ROUNDS
-from varlen_vision.compare.tower import Effort, Tower, compare_paths, load_tower, prepare
+from varlen_vision.compare.tower import Effort, compare_paths
 from varlen_vision.compare.workloads import RECIPES, make_workloads
 from varlen_vision.testing.checkpoints import write_checkpoint
 
@@ -46,6 +48,7 @@ class Settings:
         repeats: samples per path and workload.
         budget: seconds that these may take, per path and workload.
         seed: of the random weights, and of q, k and v in attention alone.
+        growth: a few paths on batches of rising size too (see varlen_vision.compare.growth).
     """
 
     device: str = "cpu"
@@ -59,6 +62,7 @@ class Settings:
     repeats: int = 15
     budget: float = 5.0
     seed: int = 0
+    growth: bool = False
 
     @property
     def effort(self) -> Effort:
@@ -113,7 +117,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     names = [name for name in settings.workloads if name != ATTENTION]
     cases = LENGTHS[device.type] if ATTENTION in settings.workloads or not settings.workloads else ()
-    rate = product_rate(device, dtype) if device.type == "cuda" else None
+    rate = product_rate(device, dtype)
 
     towers = None
     if names or not settings.workloads:
@@ -133,6 +137,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
         workloads=towers.results if towers else (),
         attention=tuple(attention),
         seconds=time.perf_counter() - started,
+        growth=towers.growth if towers else (),
     )
 
 
@@ -141,6 +146,7 @@ class _Towers:
     info: TowerInfo
     unavailable: dict[str, str]
     results: tuple[WorkloadResult, ...]
+    growth: tuple[Growth, ...]
 
 
 def _towers(
@@ -149,7 +155,7 @@ def _towers(
     cases: int,
     device: torch.device,
     dtype: torch.dtype,
-    rate: float | None,
+    rate: float,
     progress: Progress,
 ) -> _Towers:
     with _checkpoint(settings) as folder:
@@ -160,9 +166,15 @@ def _towers(
             raise CompareError(f"{folder!r} has no image processor: {error}") from error
         workloads = make_workloads(names, device.type, processor)
     selection = select(settings.paths, settings.compile, device, dtype, tower.shape.head_dim)
-    progress.expect(len(workloads) * (1 + len(selection.usable) + ROUNDS) + cases * ROUNDS)
+    sweeps = SWEEPS[device.type] if settings.growth else ()
+    steps = len(workloads) * (1 + len(selection.usable) + ROUNDS) + cases * ROUNDS
+    progress.expect(steps + sum(len(sweep.recipes) for sweep in sweeps))
     warm_up(device)
     exact = tower.double()
+    growth = tuple(
+        measure_growth(sweep, tower, exact, processor, selection.usable, rate, progress.step)
+        for sweep in sweeps
+    )
     batches = []
     for workload in workloads:
         progress.step(f"{workload.name}: float64 reference")
@@ -174,7 +186,7 @@ def _towers(
         compare_paths(tower, batch, selection.usable, settings.effort, rate, progress.step)
         for batch in batches
     )
-    return _Towers(_info(settings, tower), selection.unavailable, results)
+    return _Towers(_info(settings, tower), selection.unavailable, results, growth)
 
 
 @contextmanager

@@ -82,19 +82,20 @@ def markdown(comparison: Comparison) -> str:
 
 def _header(comparison: Comparison) -> Sheet:
     machine, tower = comparison.machine, comparison.tower
-    rows = list(_machine_rows(machine))
+    rows = list(machine_rows(machine))
     if tower is not None:
         size = f"{tower.layers} layers, {tower.channels} wide, {tower.heads} heads"
         source = f"{tower.family} ({tower.source})"
         rows.append(("tower", f"{source}: {size}, {tower.parameters:,} parameters"))
     rows.append(("dtype", str(comparison.settings["dtype"])))
     if comparison.rate is not None:
-        rows.append(("rate of a large product", f"{comparison.rate / 1e12:.0f} TFLOP/s"))
+        rows.append(("rate of a large product", f"{comparison.rate / 1e12:.3g} TFLOP/s"))
     rows.append(("duration", f"{comparison.seconds:.0f} s"))
     return Sheet("Comparison", ("", "value"), tuple(rows))
 
 
-def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
+def machine_rows(machine: Machine) -> list[tuple[str, str]]:
+    """What it says of where and with what a comparison ran, each with its name."""
     return [
         ("device", machine.device),
         ("host", f"{machine.cpu}, cores: {machine.cores}, threads: {machine.threads}"),
@@ -104,6 +105,7 @@ def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ("CUDA", machine.cuda),
         ("commit", machine.commit),
         ("command", machine.command),
+        ("date", machine.date),
     ]
 
 
@@ -112,7 +114,7 @@ def _result(result: WorkloadResult, columns: Sequence[_Column], plain: str, pref
     title = f"{prefix}{result.name}: {result.description}, {result.patches} patches ({cut})"
     notes = [f"Nothing ran: {result.note}."] if result.note else []
     if result.floor is not None:
-        notes.append(f"Floor: {result.flops / 1e12:.3g} TFLOP, {_milliseconds(result.floor)} ms.")
+        notes.append(f"Floor: {result.flops / 1e12:.3g} TFLOP, {milliseconds(result.floor)} ms.")
     if result.rows:
         notes.append(
             "ms: median (quartiles, or least and greatest below 4 samples), number of samples. error: "
@@ -167,11 +169,12 @@ def _speed(baseline: str) -> Callable[[Row], str]:
 
 
 def _time(timing: Timing) -> str:
-    low, high = _milliseconds(timing.low), _milliseconds(timing.high)
-    return f"{_milliseconds(timing.median)} ({low} to {high}) {len(timing.samples)}"
+    low, high = milliseconds(timing.low), milliseconds(timing.high)
+    return f"{milliseconds(timing.median)} ({low} to {high}) {len(timing.samples)}"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, three digits or more."""
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varlen_vision.compare.errors import CompareError
-from varlen_vision.compare.flops import TowerShape, tower_flops, tower_shape
+from varlen_vision.compare import block_errors, kinds
+from varlen_vision.compare.floors import copy_rate, work_by_kind
+from varlen_vision.compare.flops import tower_flops
 from varlen_vision.compare.gate import judge, merged
-from varlen_vision.compare.needs import MaskJob, reference_refusal
+from varlen_vision.compare.loaded import Batch, Tower
+from varlen_vision.compare.needs import MaskJob
 from varlen_vision.compare.paths import BASELINES, PATHS, PLAIN, Path
-from varlen_vision.compare.profiling import profile_forward
+from varlen_vision.compare.profiling import count, record_forward
 from varlen_vision.compare.results import Row, WorkloadResult
 from varlen_vision.compare.speed import with_speed
 from varlen_vision.compare.timing import (
@@ -30,87 +31,10 @@ from varlen_vision.compare.timing import (
     timing,
     visit,
 )
-from varlen_vision.compare.workloads import Workload
-from varlen_vision.families import Family, family_of_tower
 from varlen_vision.kernels import choose
 from varlen_vision.kernels.spec import Request
-from varlen_vision.loading import load_model
 from varlen_vision.parity import Error, relative_error
-from varlen_vision.plan import plan_lengths
 from varlen_vision.segments import Segments
-
-
-@dataclass(frozen=True, eq=False)
-class Tower:
-    """A vision tower with transformers' own sdpa attention, in evaluation mode."""
-
-    module: Any
-    family: Family
-    device: torch.device
-    dtype: torch.dtype
-
-    @cached_property
-    def shape(self) -> TowerShape:
-        return tower_shape(self.module, self.family)
-
-    def lengths(self, workload: Workload) -> dict[str, tuple[int, ...]]:
-        """Patches per segment in each layout."""
-        return plan_lengths(workload.grids, self.family.layouts(self.module.config))
-
-    def double(self) -> Any:
-        """A copy of the module in float64; the weights are the same numbers."""
-        return copy.deepcopy(self.module).double()
-
-
-def load_tower(checkpoint: str, device: torch.device, dtype: torch.dtype) -> Tower:
-    """Load a checkpoint, keep its vision tower.
-
-    Args:
-        checkpoint: a folder or hub name of a vision tower, or of a whole model (loaded in full first).
-    """
-    model = load_model(checkpoint, attn=PLAIN, dtype=dtype).eval()
-    for module in model.modules():
-        if (family := family_of_tower(module)) is not None:
-            return Tower(module.to(device), family, device, dtype)
-    raise CompareError(f"{checkpoint!r} holds no vision tower of a supported family")
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A workload on the tower's device, in its dtype, with its reference output or why it has none."""
-
-    workload: Workload
-    lengths: dict[str, tuple[int, ...]]
-    pixel_values: Tensor
-    grid_thw: Tensor
-    reference: Tensor | None
-    note: str = ""
-
-    def call(self, tower: Any) -> Any:
-        return tower(self.pixel_values, self.grid_thw)
-
-
-@torch.no_grad()
-def prepare(tower: Tower, exact: Any, workload: Workload) -> Batch:
-    """Move a workload to the device and compute its reference.
-
-    Args:
-        tower: gives device and dtype.
-        exact: the float64 copy of its module.
-
-    The pixels are rounded to the tower's dtype first, so that all paths and the reference see the same input.
-    transformers computes RoPE in float32 even here: the reference is good to about 1e-7.
-    """
-    lengths = tower.lengths(workload)
-    pixels = workload.pixel_values.to(tower.device, tower.dtype)
-    batch = Batch(workload, lengths, pixels, workload.grid_thw.to(tower.device), None)
-    longest = max(max(part) for part in lengths.values())
-    if refusal := reference_refusal(longest, tower.shape.heads, tower.device):
-        return replace(batch, note=refusal)
-    try:
-        return replace(batch, reference=merged(exact(pixels.double(), batch.grid_thw)))
-    except torch.OutOfMemoryError as error:
-        return replace(batch, note=f"the float64 reference ran {out_of_memory(error)}")
 
 
 @dataclass(frozen=True)
@@ -152,6 +76,9 @@ def compare_paths(
         flops=flops,
         floor=flops / rate if rate else None,
         note=batch.note,
+        grids=tuple(workload.grids),
+        lengths=batch.lengths,
+        layers=dict(Counter(tower.shape.layouts)),
     )
     if batch.reference is None:
         return result
@@ -178,7 +105,16 @@ def compare_paths(
     }
     timed = interleave(jobs, tower.device, lambda: step(f"{workload.name}: timing"))
     rows = [_timed(found[path.name].row, timed.done, timed.failed) for path in paths]
-    return replace(result, rows=with_speed(rows, BASELINES, result.floor))
+    result = replace(result, rows=with_speed(rows, BASELINES, result.floor))
+    return _with_floors(result, tower, rate) if rate else result
+
+
+def _with_floors(result: WorkloadResult, tower: Tower, rate: float) -> WorkloadResult:
+    element = tower.dtype.itemsize
+    copied = copy_rate(tower.device, result.patches * tower.shape.channels * element)
+    work = work_by_kind(tower.module, tower.shape, result.lengths, element)
+    floors = {kind: part.seconds(rate, copied) for kind, part in work.items()}
+    return replace(result, floors=floors, copy_rate=copied)
 
 
 def _timed(row: Row, done: Mapping[str, Any], failed: Mapping[str, str]) -> Row:
@@ -218,23 +154,33 @@ def _run(
     def forward() -> None:
         outputs[:] = [merged(batch.call(module))]
 
-    first = seconds = stopwatch(device, forward)
+    # Hooks would be compiled with the blocks.
+    blocks = [] if path.compiled else list(tower.module.blocks)
+    with block_errors.outputs(blocks) as outputs_of_blocks:
+        first = seconds = stopwatch(device, forward)
     # The first call compiles, reads lengths and loads kernels. What takes long does not take long for that.
     if path.compiled or first < effort.budget:
         seconds = stopwatch(device, forward)
     gate = judge(outputs.pop(), reference, yardstick, tower.dtype)
-    if not gate.green:
-        return _Found(Row(path.name, "red", error=gate.error, allowed=gate.allowed))
-    blocks = None if path.compiled else list(tower.module.blocks)
-    activity, peak = profile_forward(lambda: batch.call(module), device, blocks)
     row = Row(
         path=path.name,
-        status="green",
+        status="green" if gate.green else "red",
         note=_note(tower, batch, path),
         error=gate.error,
         allowed=gate.allowed,
+        gate_seconds=seconds,
+        blocks=block_errors.distances(outputs_of_blocks, batch.blocks) if blocks else (),
+    )
+    if not gate.green:
+        return _Found(row)
+    with nullcontext() if path.compiled else kinds.ranges(kinds.modules_by_kind(module)):
+        events, peak = record_forward(lambda: batch.call(module), device, blocks or None)
+    on_gpu = device.type == "cuda"
+    row = replace(
+        row,
         peak_bytes=peak,
-        activity=activity,
+        activity=count(events, on_gpu),
+        kinds={} if path.compiled else kinds.by_kind(events, on_gpu),
     )
     if path.compiled:
         plan = schedule(seconds, effort.repeats, effort.budget)

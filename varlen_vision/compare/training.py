@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from varlen_vision.compare.gate import merged
+from varlen_vision.compare.loaded import load_tower
 from varlen_vision.compare.machine import describe_machine
 from varlen_vision.compare.run import DTYPES, Progress, Silent
-from varlen_vision.compare.tower import load_tower
 from varlen_vision.compare.training_results import CONTROL, ORIGINAL, Run, Training
 from varlen_vision.swap import swap_attention
 from varlen_vision.testing.checkpoints import write_checkpoint

@@ -19,9 +19,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from varlen_vision.kernels.spec import Call
 from varlen_vision.segments import Segments
+
+# What building the mask is called in a profile.
+MASK_RANGE = "mask build"
 
 
 def load() -> None:
@@ -70,7 +74,8 @@ MASK_BUILDS: dict[str, Callable[[Segments, Segments, int, int], Tensor]] = {
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call, *, mask_build: str = "device_slices") -> Tensor:
     """(T, H, D) in q's dtype, over a mask built anew for this call."""
-    mask = MASK_BUILDS[mask_build](call.segments_q, call.segments_k, q.shape[0], k.shape[0])
+    with record_function(MASK_RANGE):
+        mask = MASK_BUILDS[mask_build](call.segments_q, call.segments_k, q.shape[0], k.shape[0])
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     if mask_build != _THREE_DIMENSIONS:
         q, k, v = (t.unsqueeze(0) for t in (q, k, v))

@@ -24,7 +24,7 @@ from torch.profiler import record_function
 
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.kernels import KERNELS
-from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
+from varlen_vision.kernels.sdpa_mask import MASK_RANGE
 from varlen_vision.profiling.compiled import around_compiled, compiled_modules, is_graphed, unseen
 from varlen_vision.profiling.labels import Labels
 from varlen_vision.profiling.modules import attention_modules, implementation, mlp_modules
@@ -33,7 +33,6 @@ from varlen_vision.scopes import scope_of
 
 PLAN = "varlen_vision::plan"
 MLP = "varlen_vision::mlp"
-MASK = "mask build"
 
 # What towers call the methods that work out what follows from the grids; functions are known by their start.
 _PLANS = frozenset({"rot_pos_emb", "get_window_index", "fast_pos_embed_interpolate"})
@@ -49,9 +48,6 @@ def ranges(model: nn.Module | None, labels: Labels) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, wrap in (*_kernel_sites(kernels), *_sites(model, labels, kernels)):
             stack.enter_context(replaced(owner, name, wrap))
-        for build, function in MASK_BUILDS.items():
-            stack.callback(MASK_BUILDS.__setitem__, build, function)
-            MASK_BUILDS[build] = _ranged(MASK)(function)
         stack.enter_context(around_compiled(model, lambda: record_function("varlen_vision::compiled")))
         yield
 
@@ -180,7 +176,7 @@ def _mask(labels: Labels) -> Wrap:
             with labels.later(f"no mask built ({getattr(function, '__name__', 'mask')})") as label:
                 result = function(*args, **kwargs)
                 if isinstance(result, Tensor):
-                    label.name = MASK
+                    label.name = MASK_RANGE
                 return result
 
         return run

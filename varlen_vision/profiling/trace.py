@@ -14,12 +14,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from varlen_vision.compare.profiling import FORWARD, warm_up
+from varlen_vision.kernels.sdpa_mask import MASK_RANGE
 from varlen_vision.profiling import compiled
 from varlen_vision.profiling.errors import ProfileError
 from varlen_vision.profiling.labels import Labels
-from varlen_vision.profiling.ranges import MASK, ranges
+from varlen_vision.profiling.ranges import ranges
 
-_OURS = ("varlen_vision", MASK)
+_OURS = ("varlen_vision", MASK_RANGE)
 # What the profiler calls ranges, on the host's timeline and on that of the GPU.
 _RANGES = ("user_annotation", "gpu_user_annotation")
 

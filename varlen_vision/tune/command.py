@@ -26,11 +26,11 @@ CPU = Extent(lengths=(16, 64, 256, 1024), head_dims=(64, 80), tokens=1024, sampl
 
 def tune(
     device: Annotated[
-        str | None, typer.Option(help="cuda or cpu. [default: cuda where there is a GPU]")
+        str | None, typer.Option(help="cuda or cpu. \\[default: cuda where there is a GPU]")
     ] = None,
     save_as: Annotated[
         Path | None,
-        typer.Option("--save", help="Write them here. [default: where `auto` looks, in the user's cache]"),
+        typer.Option("--save", help="Write them here. \\[default: where `auto` looks, in the user's cache]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and show, and write nothing.")] = False,
     commit: Annotated[
