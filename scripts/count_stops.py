@@ -24,6 +24,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     family: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(TOWERS)}. [default: all]")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny towers, to try the measurement.")] = False,
+    plans_only: Annotated[bool, typer.Option("--plans-only", help="Time plans, count nothing.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
     """Count host stops and time planning for towers at released size."""
@@ -32,7 +33,7 @@ def main(
     console = Console(width=200)
     machine = asdict(describe_machine(torch.device(device)))
     for name in family or TOWERS:
-        stops, times = measure(name, torch.device(device), tiny=tiny)
+        stops, times = measure(name, torch.device(device), tiny=tiny, plans_only=plans_only)
         counted += stops
         planned += times
         console.print(f"{name}: done")

@@ -78,7 +78,9 @@ class PlanTime:
     cached: float
 
 
-def measure(name: str, device: torch.device, *, tiny: bool = False) -> tuple[list[Stops], list[PlanTime]]:
+def measure(
+    name: str, device: torch.device, *, tiny: bool = False, plans_only: bool = False
+) -> tuple[list[Stops], list[PlanTime]]:
     """Count and time one tower of varlen_vision.testing.zoo.real.REAL, and planning, on every workload."""
     counted: list[Stops] = []
     planned: list[PlanTime] = []
@@ -90,7 +92,7 @@ def measure(name: str, device: torch.device, *, tiny: bool = False) -> tuple[lis
             model = zoo.build(tower, dtype, device)
         inputs = zoo.inputs(tower, model)
         planned.append(_plan_time(name, workload, model, inputs))
-        if device.type == "cuda":
+        if device.type == "cuda" and not plans_only:
             counted += _paths(name, workload, model, inputs)
         del inputs
         gc.collect()
