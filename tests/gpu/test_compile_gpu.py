@@ -8,8 +8,9 @@ from torch import nn
 
 from tests.gpu.test_towers_gpu import wide_tower
 from tests.towers import batch, exact, merged
-from varlen_vision import swap_attention
+from varlen_vision import optimize_vision, swap_attention
 from varlen_vision.parity import budget, relative_error
+from varlen_vision.scopes import scope_of
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +44,24 @@ def test_blocks_are_one_graph_whatever_the_batch(family: str) -> None:
             assert error.within(budget(base, torch.bfloat16)), f"{grids}: {error}, original {base}"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_compiled_blocks_of_a_planned_tower_read_no_lengths(family: str) -> None:
+    """Also where the graph was traced with arrays that lie otherwise than a plan's."""
+    pytest.importorskip("transformers.vision_utils")
+    torch._dynamo.reset()
+    model = wide_tower(family)
+    swap_attention(model)
+    optimize_vision(model, "compile")
+    for _ in range(2):  # observed, then planned
+        run(model, BATCHES[0])
+    scope = scope_of(model)
+    assert scope is not None and scope.recipe is not None
+    reads = scope.reader.reads
+    for grids in BATCHES:
+        run(model, grids)
+    assert scope.reader.reads == reads
 
 
 def run(model: nn.Module, grids: tuple[tuple[int, int, int], ...]) -> torch.Tensor:

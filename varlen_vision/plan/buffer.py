@@ -13,8 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# int64 first, so that every array is aligned to the size of its elements.
 DTYPES = (torch.int64, torch.float32, torch.int32)
+# Compiled graphs copy what begins elsewhere, in every call; and what the host knows of the values is
+# not known of a copy.
+ALIGNMENT = 16  # bytes
 _NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int32}
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
@@ -45,12 +47,10 @@ class Buffer:
     def empty(cls, wanted: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, pinned: bool) -> Buffer:
         """Room for arrays of these names, dtypes and shapes; in page-locked memory where `pinned`."""
         slots, end = {}, 0
-        for kind in DTYPES:
-            for name, dtype, shape in wanted:
-                if dtype is kind:
-                    slots[name] = Slot(dtype, end // dtype.itemsize, shape, _strides(shape))
-                    end += prod(shape) * dtype.itemsize
-        end += -end % 8  # so that the whole block can be seen as any of the dtypes
+        for name, dtype, shape in wanted:
+            slots[name] = Slot(dtype, end // dtype.itemsize, shape, _strides(shape))
+            end += prod(shape) * dtype.itemsize
+            end += -end % ALIGNMENT
         with ordinary_tensors():
             return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), slots)
 
