@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-TEST = ["hypothesis", "psutil", "pytest", "pytest-xdist", "scikit-image"]
+TEST = ["hypothesis", "psutil", "pyarrow", "pytest", "pytest-xdist", "scikit-image"]
 
 setup(
     name="varlen_vision",
@@ -35,6 +35,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
+        "parquet": ["pyarrow>=15"],
         "report": ["jinja2", "matplotlib", "scikit-image"],
         "test": TEST,
         "dev": [

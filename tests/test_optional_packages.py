@@ -21,6 +21,7 @@ OPTIONAL = (
     "torchvision",
     "bitsandbytes",
     "peft",
+    "pyarrow",
 )
 
 WITHOUT = """
@@ -58,6 +59,16 @@ SNIPPETS = {
             assert not rows[name].usable and "No module named" in rows[name].reason, rows[name]
             assert "install" in rows[name].reason or "build" in rows[name].reason, rows[name]
         assert supported_families()
+    """,
+    "parquet": """
+        from varlen_vision.jobs.formats import Parquet
+        from varlen_vision.errors import JobError
+        try:
+            Parquet({})
+        except JobError as error:
+            assert "pip install 'varlen_vision[parquet]'" in str(error)
+        else:
+            raise AssertionError("pyarrow is missing, and nothing says so")
     """,
     "call": """
         import torch

@@ -13,6 +13,7 @@ from rich.table import Table
 from varlen_vision.compare.command import compare
 from varlen_vision.doctor.command import doctor
 from varlen_vision.families import supported_families
+from varlen_vision.jobs.command import encode, infer
 from varlen_vision.kernels import available_kernels, costs
 from varlen_vision.profiling.command import profile
 from varlen_vision.tune.command import tune
@@ -26,6 +27,8 @@ app.command()(compare)
 app.command()(doctor)
 app.command()(profile)
 app.command()(tune)
+app.command()(infer)
+app.command()(encode)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class PreparedImage:
     """One image, cut into patches (T, ...) on the CPU."""
 
     index: int
@@ -93,34 +94,45 @@ def encode_images(
         raise EncodeError(f"max_patches is {max_patches!r}; expected an integer of at least 1")
     if isinstance(images, str | os.PathLike | Image.Image):
         raise EncodeError(f"images is one {type(images).__name__}; expected a list (or iterable) of images")
-    tower = _find_tower(model)
-    merge = _merge_size(tower)
+    tower = find_tower(model)
+    merge = merge_size_of(tower)
     results: dict[int, EncodedImage] = {}
     for batch in batches(_prepare(images, model, tower, processor), lambda image: image.count, max_patches):
-        results |= _encode(tower, batch, merge, feature_maps)
+        results |= encode_batch(tower, batch, merge, feature_maps)
     return [results[index] for index in range(len(results))]
 
 
 def _prepare(
     images: Iterable[ImageLike], model: nn.Module, tower: nn.Module, processor: Any
-) -> Iterator[_Prepared]:
+) -> Iterator[PreparedImage]:
     """Each image cut into patches, when it is its turn."""
     image_processor = None
     for index, image in enumerate(images):
         if image_processor is None:
-            image_processor = _image_processor(model, tower, processor)
+            image_processor = image_processor_of(model, tower, processor)
         opened = open_image(image, index)
-        try:
-            features = image_processor(images=[opened], return_tensors="pt")
-        except (ValueError, TypeError) as error:
-            size = opened.size if isinstance(opened, Image.Image) else opened.shape
-            what = f"{os.fspath(image)!r}, " if isinstance(image, str | os.PathLike) else ""
-            raise ImageError(
-                index, f"{what}{size}: {type(image_processor).__name__} says: {error}"
-            ) from error
-        prepared = _Prepared(index, *_patches(features, image_processor))
-        _check_width(prepared.patches, tower, image_processor)
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
+        prepared = cut_into_patches(opened, index, image_processor, name)
+        check_width(prepared.patches, tower, image_processor)
         yield prepared
+
+
+def cut_into_patches(
+    opened: Image.Image | np.ndarray[Any, Any], index: int, image_processor: Any, name: str = ""
+) -> PreparedImage:
+    """What the image processor makes of one image that is open.
+
+    Raises:
+        ImageError: the processor refuses it; `name` is in the message, and `index`.
+        EncodeError: the processor does not give patches and grids.
+    """
+    try:
+        features = image_processor(images=[opened], return_tensors="pt")
+    except (ValueError, TypeError) as error:
+        size = opened.size if isinstance(opened, Image.Image) else opened.shape
+        what = f"{name!r}, " if name else ""
+        raise ImageError(index, f"{what}{size}: {type(image_processor).__name__} says: {error}") from error
+    return PreparedImage(index, *_patches(features, image_processor))
 
 
 def _patches(features: Any, image_processor: Any) -> tuple[Tensor, Grid]:
@@ -137,7 +149,7 @@ def _patches(features: Any, image_processor: Any) -> tuple[Tensor, Grid]:
     return patches, tuple(grid[0])
 
 
-def _check_width(patches: Tensor, tower: nn.Module, image_processor: Any) -> None:
+def check_width(patches: Tensor, tower: nn.Module, image_processor: Any) -> None:
     """Raise unless a patch has as many values as the tower takes; else it would be taken for several."""
     config: Any = tower.config
     frames = frames_per_patch(config)
@@ -150,18 +162,23 @@ def _check_width(patches: Tensor, tower: nn.Module, image_processor: Any) -> Non
         )
 
 
+def reads_grids_on_host(tower: nn.Module) -> bool:
+    """Whether `tower` takes `grid_thw` from the host; transformers' own needs it on the device."""
+    scope = scope_of(tower)
+    return scope is not None and scope.recipe is not None
+
+
 @torch.inference_mode()
 def _forward(tower: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Any:
     device, dtype = placement(tower)
-    grid_thw = torch.tensor(grids)  # on the host, where a swapped tower reads it without a stop
-    scope = scope_of(tower)
-    if scope is None or scope.recipe is None:  # transformers' own forward needs it on the device
+    grid_thw = torch.tensor(grids)
+    if not reads_grids_on_host(tower):
         grid_thw = grid_thw.to(device)
     return tower(patches.to(device, dtype), grid_thw=grid_thw)
 
 
-def _encode(
-    tower: nn.Module, batch: Sequence[_Prepared], merge: int, feature_maps: bool
+def encode_batch(
+    tower: nn.Module, batch: Sequence[PreparedImage], merge: int, feature_maps: bool
 ) -> dict[int, EncodedImage]:
     """One forward; results by index."""
     grids = [image.grid for image in batch]
@@ -212,7 +229,7 @@ def _deepstack(output: Any) -> Sequence[Tensor]:
     return found if isinstance(found, list | tuple) else ()
 
 
-def _find_tower(model: nn.Module) -> nn.Module:
+def find_tower(model: nn.Module) -> nn.Module:
     """The vision tower that `model` is or has."""
     if not isinstance(model, nn.Module):
         raise EncodeError(
@@ -255,7 +272,7 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
 
 
-def _merge_size(tower: nn.Module) -> int:
+def merge_size_of(tower: nn.Module) -> int:
     """Patches per side of a merge unit."""
     config: Any = getattr(tower, "config", None)
     merge = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None)
@@ -267,11 +284,11 @@ def _merge_size(tower: nn.Module) -> int:
     return size
 
 
-def _image_processor(model: nn.Module, tower: nn.Module, processor: Any) -> Any:
+def image_processor_of(model: nn.Module, tower: nn.Module, processor: Any) -> Any:
     """The image processor given, or that of the checkpoint; checked to fit the tower."""
     found = getattr(processor, "image_processor", processor) if processor is not None else _load(model, tower)
     config: Any = tower.config
-    for name, expected in (("patch_size", config.patch_size), ("merge_size", _merge_size(tower))):
+    for name, expected in (("patch_size", config.patch_size), ("merge_size", merge_size_of(tower))):
         given = getattr(found, name, expected)
         if given != expected:
             raise EncodeError(

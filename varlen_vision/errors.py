@@ -60,3 +60,11 @@ class ImageError(EncodeError):
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[int, str]]:
         return type(self), (self.index, str(self).removeprefix(f"image {self.index}: "))
+
+
+class JobError(VarlenVisionError, ValueError):
+    """A batch job cannot start: its input, its settings, or an output folder that is another run's."""
+
+
+class OutputError(VarlenVisionError, OSError):
+    """Results cannot be written: a full disk, a folder that cannot be written to. What was written stays."""

@@ -65,8 +65,7 @@ def load_model(
         SwapError, KernelError, ParityError: see swap_attention.
         OptimizeError: see optimize_vision.
     """
-    options = _check_arguments(attn, kernel, mask_build)
-    _check_optimize(optimize, attn)
+    options = check_arguments(attn, kernel, mask_build, optimize)
     warn_if_untested(transformers.__version__)
     kwargs = spell_dtype(dict(from_pretrained_kwargs))
     config = _config(name_or_path, kwargs)
@@ -88,8 +87,20 @@ def load_model(
     return loaded
 
 
-def _check_arguments(attn: str, kernel: str, mask_build: str | None) -> dict[str, Any]:
-    """Arguments of swap_attention; empty where nothing is to be swapped."""
+def check_arguments(
+    attn: str, kernel: str = "auto", mask_build: str | None = None, optimize: str | None = None
+) -> dict[str, Any]:
+    """Arguments of swap_attention; empty where nothing is to be swapped.
+
+    Raises:
+        LoadError, KernelError: as of load_model, for arguments that no checkpoint makes right.
+    """
+    options = _swap_options(attn, kernel, mask_build)
+    _check_optimize(optimize, attn)
+    return options
+
+
+def _swap_options(attn: str, kernel: str, mask_build: str | None) -> dict[str, Any]:
     if kernel != "auto" and attn != "varlen":
         raise LoadError(f"kernel={kernel!r} goes with attn='varlen'; attn is {attn!r}")
     if mask_build is not None and attn != "sdpa_mask":

@@ -1,0 +1,151 @@
+"""The line of a job: items -> prepared by workers -> batches by budget -> model step -> results on disk."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from varlen_vision.batching import batches
+from varlen_vision.jobs.account import Account, Times
+from varlen_vision.jobs.clock import Stopwatch
+from varlen_vision.jobs.cost import CostModel
+from varlen_vision.jobs.items import Item
+from varlen_vision.jobs.job import Model, Result, error_row
+from varlen_vision.jobs.pool import Pool
+from varlen_vision.jobs.prepared import Failed, Load, Prepared
+from varlen_vision.jobs.store import Store
+from varlen_vision.jobs.work import Work
+
+# Seconds between looks at what others have left.
+_POLL = 0.5
+
+
+class Engine:
+    """Works off what can be claimed, until nothing is left for anyone."""
+
+    def __init__(
+        self,
+        model: Model,
+        pool: Pool,
+        work: Work,
+        store: Store,
+        times: Times,
+        costs: CostModel,
+        budget: int,
+        progress: Callable[[], None],
+    ) -> None:
+        self.account = Account()
+        self._model, self._pool, self._work, self._store = model, pool, work, store
+        self._times, self._costs, self._budget, self._progress = times, costs, budget, progress
+        self._watch = Stopwatch()
+
+    def run(self, stop: Callable[[], bool]) -> bool:
+        """True where all work is done; False where it was stopped."""
+        try:
+            while not stop():
+                start = time.perf_counter()
+                worked = self._pass(stop)
+                if worked:  # looking at others' work is none
+                    self.account.wall += time.perf_counter() - start
+                if self._work.all_done():
+                    self._store.seal()
+                    return True
+                if not worked:
+                    self._progress()
+                    time.sleep(_POLL)
+            return False
+        finally:
+            self.account.add(self._watch.seconds)
+            self.account.worker_deaths = self._pool.deaths
+            self.account.taken_over = self._work.taken_over
+            if torch.cuda.is_available():
+                self.account.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+
+    def _pass(self, stop: Callable[[], bool]) -> bool:
+        """All that can be claimed now; whether that was anything."""
+        found = False
+        for batch in batches(self._ready(stop), lambda prepared: prepared.price, self._budget):
+            found = True
+            self._step(batch)
+            if stop():
+                break
+        return found
+
+    def _ready(self, stop: Callable[[], bool]) -> Iterator[Prepared]:
+        results = iter(self._pool.run(self._work.coming(stop)))
+        while True:
+            with self._watch.time("wait"):
+                result = next(results, None)
+            if result is None:
+                return
+            if isinstance(result, Failed):
+                self._fail(result)
+                continue
+            self.account.add(result.seconds)
+            yield result
+
+    def _step(self, batch: Sequence[Prepared]) -> None:
+        mine = self._work.still_mine(prepared.item for prepared in batch)
+        kept = [prepared for prepared in batch if prepared.item.index in mine]
+        if kept:
+            for part, results, seconds in self._tried(kept):
+                self._keep(part, results, seconds)
+
+    def _tried(
+        self, batch: Sequence[Prepared]
+    ) -> Iterator[tuple[Sequence[Prepared], list[Result], dict[str, float]]]:
+        """Run a batch; where memory is short its halves, down to single items."""
+        start = time.perf_counter()
+        try:
+            results, seconds = self._model.step(batch)
+        except torch.OutOfMemoryError as error:
+            message = str(error).partition("\n")[0]
+        else:
+            step = time.perf_counter() - start
+            yield batch, results, {**seconds, "rest": max(0.0, step - sum(seconds.values())), "step": step}
+            return
+        # Here the frames that the error held, and their tensors, are gone.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            item = batch[0].item
+            self._fail(Failed(item, "memory", f"it does not fit in memory on its own: {message}"))
+            return
+        self.account.split += 1
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            yield from self._tried(half)
+
+    def _keep(self, batch: Sequence[Prepared], results: list[Result], seconds: dict[str, float]) -> None:
+        # Once more, since it took its time: who was taken for dead writes nothing that another may have done.
+        mine = self._work.still_mine(prepared.item for prepared in batch)
+        both = zip(batch, results, strict=True)
+        with self._watch.time("write"):
+            self._store.append([result for prepared, result in both if prepared.item.index in mine])
+        load = sum((prepared.load for prepared in batch), Load())
+        images = sum(len(prepared.item.images) for prepared in batch)
+        self._costs.observe(load, seconds["step"])
+        self._times.append(load, images, seconds)
+        self.account.add({name: value for name, value in seconds.items() if name != "step"})
+        self.account.batches += 1
+        self.account.images += images
+        self._done(prepared.item for prepared in batch)
+
+    def _fail(self, failed: Failed) -> None:
+        if self._work.still_mine([failed.item]):
+            self._store.append([(error_row(failed.item, failed), {})])
+            self._done([failed.item])
+
+    def _done(self, items: Iterable[Item]) -> None:
+        self._work.done(items)
+        self._progress()
+
+
+def warm_up(model: Model, prepared: Iterable[Prepared | Failed], budget: int) -> None:
+    """Run these through the model, and keep nothing."""
+    ready = (one for one in prepared if isinstance(one, Prepared))
+    for batch in batches(ready, lambda one: one.price, budget):
+        model.step(batch)
