@@ -299,7 +299,7 @@ def _check(found: Any, expected: Any) -> None:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||, in pieces: all of it in float64 would be the call's peak of memory."""
+    """||found - expected|| / ||expected||, in pieces: float64 copies would be the call's peak of memory."""
     off = size = 0.0
     for mine, other in zip(found.split(_ROWS), expected.split(_ROWS), strict=True):
         wide = other.double()

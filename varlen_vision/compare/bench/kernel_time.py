@@ -18,8 +18,9 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("copy", ("memcpy", "memset")),
     (ATTENTION, ("flash", "fmha", "attention", "window", "attn")),
     ("product", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma", "fprop")),
-    ("activation", ("silu", "gelu", "sigmoid", "tanh")),
+    # Before activations: inductor calls a kernel after all that is around it, such as silu_linear.
     ("norm", ("norm", "rsqrt", "meanops", "pow_tensor")),
+    ("activation", ("silu", "gelu", "sigmoid", "tanh")),
     ("RoPE", ("rope", "rotat", "rotary", "neg", "cos")),
 )
 """A kernel is of the first kind of which a part is in its name, in lower case."""
