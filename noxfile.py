@@ -35,11 +35,8 @@ RELEASES = sorted((path.stem.split("-")[1] for path in CONSTRAINTS.glob("transfo
 # What uses neither transformers nor a model gives the same result with every release.
 SAME_WITH_EVERY_RELEASE = (
     "gpu",
-    "jobs/test_cost.py",
     "jobs/test_kill.py",
     "jobs/test_processes.py",
-    "page/test_browser.py",
-    "page/test_looks.py",
     "profiling/test_measured_waits.py",
     "test_compare_timing.py",
     "test_kernel_choice.py",
