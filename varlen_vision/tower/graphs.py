@@ -301,7 +301,7 @@ def _check(found: Any, expected: Any) -> None:
 def _distance(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, in pieces: float64 copies would be the call's peak of memory."""
     off = size = 0.0
-    for mine, other in zip(found.split(_ROWS), expected.split(_ROWS), strict=True):
+    for mine, other in zip(torch.split(found, _ROWS), torch.split(expected, _ROWS), strict=True):
         wide = other.double()
         size += float(wide.square().sum())
         off += float((mine.double() - wide).square().sum())
