@@ -16,7 +16,7 @@ from varlen_vision.compare import needs
 from varlen_vision.compare.growth import GROWING, SWEEPS, Sweep, fit, measure_growth
 from varlen_vision.compare.loaded import Tower, load_tower
 from varlen_vision.compare.paths import MASK_AS_SHIPPED, PATHS, PLAIN
-from varlen_vision.compare.results import Growth, Timing, WorkloadResult
+from varlen_vision.compare.results import Growth, Row, Timing, WorkloadResult
 from varlen_vision.kernels import sdpa_segments
 
 CPU = torch.device("cpu")
@@ -125,3 +125,12 @@ def test_what_grows_too_steeply_is_measured_again(monkeypatch: pytest.MonkeyPatc
     assert [result.rows[0].timing.median for result in found.results if result.rows[0].timing] == [
         *(0.001, 0.002, 0.004, 0.006)
     ]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_measurements_the_one_out_of_parity_counts(first: bool) -> None:
+    timing = Timing(0.1, 0.1, 0.1, (0.1,), 1)
+    green, red = Row("varlen[auto]", "green", timing=timing), Row("varlen[auto]", "red")
+    result = WorkloadResult("small", "one", 16, {}, 0, rows=(red if first else green,))
+    again = replace(result, rows=(green if first else red,))
+    assert growth_module._quicker(result, again).rows == (red,)

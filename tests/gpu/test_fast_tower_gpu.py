@@ -173,11 +173,13 @@ def test_silu_linear_of_views_and_layers_of_a_tower() -> None:
     x = buffer[1 : 1 + 1200 * 1280].view(1200, 1280)
     wide = torch.randn(1200, 2560, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(3 * 512, 1280, dtype=torch.bfloat16, device="cuda")[512:] * 0.03
+    apart = torch.randn(2048, dtype=torch.bfloat16, device="cuda")[::2]
     for rows in (x, wide[:, 1280:], wide.view(2, 600, 2560)[..., :1280]):
-        gate, up = linear(rows, weight).float().chunk(2, -1)
-        found = silu_linear(rows, weight, None)
-        assert found.shape == (*rows.shape[:-1], 512)
-        assert torch.allclose(found.float(), silu(gate) * up, rtol=3e-2, atol=3e-2)
+        for bias in (None, apart):
+            gate, up = linear(rows, weight, bias).float().chunk(2, -1)
+            found = silu_linear(rows, weight, bias)
+            assert found.shape == (*rows.shape[:-1], 512)
+            assert torch.allclose(found.float(), silu(gate) * up, rtol=3e-2, atol=3e-2)
 
 
 def test_silu_linear_beyond_32_bits() -> None:

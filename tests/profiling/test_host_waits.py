@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,11 @@ WAITING: dict[str, Callable[[Tensor], object]] = {
     "upload of a list": lambda x: torch.tensor([1.0], device=x.device),
     "write from the host": lambda x: x.copy_(torch.zeros(2)),
     "index on the host": lambda x: x[torch.tensor([0, 1])],
+    "index of a list": lambda x: x[[0, 1]],
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "from_numpy": lambda x: torch.from_numpy(np.ones(2)).to(x.device),
+    "tensor of itself": lambda x: torch.as_tensor(x).tolist(),
+    "tensor of a tensor": lambda x: torch.tensor(x)[0].item(),
 }
 
 FREE: dict[str, Callable[[Tensor], object]] = {

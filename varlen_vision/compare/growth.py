@@ -128,12 +128,14 @@ def _steep(smaller: WorkloadResult, larger: WorkloadResult) -> bool:
 
 
 def _quicker(first: WorkloadResult, second: WorkloadResult) -> WorkloadResult:
-    """Of two measurements of one batch the quicker of each path."""
-    rows = tuple(
-        two if one.timing and two.timing and two.timing.median < one.timing.median else one
-        for one, two in zip(first.rows, second.rows, strict=True)
-    )
-    return replace(first, rows=rows)
+    """Of two measurements of one batch the quicker of each path; one that was out of parity stays so."""
+    return replace(first, rows=tuple(map(_quicker_row, first.rows, second.rows)))
+
+
+def _quicker_row(one: Row, two: Row) -> Row:
+    if "red" in (one.status, two.status):
+        return one if one.status == "red" else two
+    return two if one.timing and two.timing and two.timing.median < one.timing.median else one
 
 
 def _why_stop(row: Row, ratio: float) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -30,9 +31,11 @@ from varlen_vision.profiling.operations import (
 )
 from varlen_vision.profiling.report import Square, Wait
 from varlen_vision.profiling.source import Place, here
+from varlen_vision.profiling.wrap import replaced
 
 # What the host reads without an operation of PyTorch where the tensor is in its memory anyway.
 _READ_WHOLE = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+_INDEXED = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Watch:
     def on(self) -> Iterator[Watch]:
         """Watch this thread."""
         self._modes = (_Functions(self), _Operations(self))
-        with self._modes[0], self._modes[1]:
+        # PyTorch tells nobody of this one.
+        with replaced(torch, "from_numpy", self._from_numpy), self._modes[0], self._modes[1]:
             try:
                 yield self
             finally:
@@ -175,14 +179,31 @@ class Watch:
                     self._wait(self._called[-1], DOWN)
                 return run()
             if function in FACTORIES:
-                return self._made(function, kwargs, run())
+                return self._made(function, args, kwargs, run())
+            if function in _INDEXED and not self.is_host(args[0]) and _has_lists(args[1]):
+                self._wait(self._called[-1], UP)
+                return run()
+            if function is Tensor.new_tensor and not self.is_host(args[0]):
+                self._wait(self._called[-1], UP)
+                return run()
             target = _target(function, args, kwargs)
             return run() if target is None else self._moved(args[0], target, args, kwargs, run())
         finally:
             self._called.pop()
 
-    def _made(self, function: Any, kwargs: dict[str, Any], result: Any) -> Any:
+    def _from_numpy(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self._host[result] = True
+            return result
+
+        return run
+
+    def _made(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         device = kwargs.get("device")
+        source = args[0] if args else kwargs.get("data")
+        if isinstance(source, Tensor):  # it stays where it is, unless it is to go somewhere
+            return result if device is None else self._moved(source, device, args, kwargs, result)
         if device is None or device == "cpu":
             self._host[result] = True
         else:
@@ -207,6 +228,12 @@ class Watch:
         else:
             self._host.pop(result, None)
         return result
+
+
+def _has_lists(index: Any) -> bool:
+    """Whether an index has lists or arrays of Python, which become tensors of the host."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, list | np.ndarray) for part in parts)
 
 
 def _target(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,9 +32,11 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         one kernel, float32 from the product to one rounding. Elsewhere: `silu_mul` of the product.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    # Autocast knows F.linear, not this operator.
-    if torch.is_autocast_enabled(x.device.type) or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # Autocast knows F.linear, not this operator; of the meta device it knows nothing.
+    if (
+        x.is_meta
+        or torch.is_autocast_enabled(x.device.type)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
         return silu_mul(F.linear(x, weight, bias))
     result: Tensor = _LINEAR(x, weight, bias)

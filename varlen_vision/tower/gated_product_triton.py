@@ -76,6 +76,8 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     channels, width = x.shape[-1], weight.shape[0] // 2
     if x.numel() < _LEAST * channels or not channels or weight.shape != (2 * width, channels):
         return False
+    if bias is not None and not (bias.shape == (2 * width,) and bias.is_contiguous()):
+        return False
     # Rows that start at multiples of 16 bytes, as the tensor memory accelerator needs them.
     return not channels % 8 and not width % 8 and weight.is_contiguous() and not weight.data_ptr() % 16
 

@@ -101,15 +101,16 @@ def _verdict(comparison: Comparison) -> str:
 
 def _headline(main: WorkloadResult, varlen: Row | None, mask: Row | None, plain: Row | None) -> str:
     red = next((row for row in main.rows if row.status == "red" and group_of(row.path) is VARLEN), None)
+    if red is not None:
+        return f"{red.path} is out of parity: no speed is claimed"
     if varlen is None:
-        if red is not None:
-            return f"{red.path} is out of parity: no speed is claimed"
         return f"No varlen path was timed on {main.description}"
+    who = "Packed attention" if varlen.path == AUTO else f"Packed attention, {varlen.path},"
     if mask is not None:
-        return f"Packed attention is {compared(_seconds(mask) / _seconds(varlen), 'the dense mask')}"
+        return f"{who} is {compared(_seconds(mask) / _seconds(varlen), 'the dense mask')}"
     if plain is not None:
-        return f"Packed attention is {compared(_seconds(plain) / _seconds(varlen), 'transformers’ sdpa')}"
-    return f"Packed attention takes {duration(_seconds(varlen))} a forward"
+        return f"{who} is {compared(_seconds(plain) / _seconds(varlen), 'transformers’ sdpa')}"
+    return f"{who} takes {duration(_seconds(varlen))} a forward"
 
 
 def _summary(
