@@ -9,7 +9,7 @@ TRITON ?= triton==3.9.0; sys_platform == 'linux'
 CONSTRAINTS ?= $(shell ls constraints/transformers-*.txt | sort -V | tail -n 1)
 BIN := .venv/bin
 
-.PHONY: compare test lint test-versions test-ci-versions test-latest families test-gpu bench-gpu clean
+.PHONY: compare test lint test-versions test-ci-versions test-latest families test-gpu bench-gpu docs clean
 
 # torch is left out of the constraints, so that one that is there already, or TORCH, stays.
 .venv/.installed: setup.py pyproject.toml $(CONSTRAINTS)
@@ -57,5 +57,11 @@ test-gpu:  ## kernels and towers on a CUDA GPU
 bench-gpu:  ## the fast tower of Qwen2.5-VL on a CUDA GPU against its floor and the alternatives, in parity first
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) scripts/bench_gpu.py --json results/bench.json $(or $(BENCH),--tower qwen2_5_vl --window)
 
+# The notice is of the end of mkdocs-material's support in 2027, and no warning of the build.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/.installed  ## the documentation as a site, in site/index.html; any warning is an error
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv .nox build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .nox build dist results site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -33,6 +33,7 @@ setup(
         "typer",
     ],
     extras_require={
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", "ruff"],
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
         "parquet": ["pyarrow>=15"],

@@ -68,6 +68,10 @@ def encode_images(
 ) -> list[EncodedImage]:
     """Encode images with a vision tower, several of them in one forward.
 
+        tower = load_model("Qwen/Qwen2.5-VL-7B-Instruct", vision_only=True)
+        for image in encode_images(tower, ["cat.jpg", "page.png"], feature_maps=True):
+            print(image.tokens.shape, image.feature_map.shape)
+
     Images are opened one by one, and packed so that little of the budget stays unused; never are more patches
     held on the CPU than three budgets and one image. The forward runs under `torch.inference_mode`; the
     results are ordinary tensors, so that a head can be trained on them.

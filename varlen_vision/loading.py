@@ -38,6 +38,9 @@ def load_model(
 ) -> Any:
     """Load a vision-language model, or a vision tower on its own, with `attn` in its vision blocks.
 
+        model = load_model("Qwen/Qwen2.5-VL-7B-Instruct", dtype=torch.bfloat16, device_map="auto")
+        tower = load_model("Qwen/Qwen2.5-VL-7B-Instruct", vision_only=True)
+
     Args:
         name_or_path: a folder, or a repository on the hub.
         attn: 'varlen' (packed attention, no mask), 'sdpa_mask' (the dense-mask baseline), or any attention

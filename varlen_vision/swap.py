@@ -72,6 +72,10 @@ def swap_attention(
 ) -> AttentionReport:
     """Replace the attention of every vision (or audio) block of `model` by VarlenAttention.
 
+        report = swap_attention(model)
+        print(report)
+        restore_attention(model)
+
     Nothing is changed unless everything can be: all blocks are found, checked and, with `verify`, run beside
     the original on a small ragged batch before the first one is replaced. A block of a class that is in no
     family, but has the common shape, is swapped too: 'recognised', and only if it was verified.
@@ -170,6 +174,10 @@ def restore_attention(model: nn.Module) -> int:
 
 def attention_report(model: nn.Module, grid_thw: Any = None) -> AttentionReport:
     """What stands in each vision block of `model`, swapped or not.
+
+        print(attention_report(model).summary)
+        swap_attention(model)
+        print(attention_report(model, inputs["image_grid_thw"]))
 
     Args:
         model: as for swap_attention.

@@ -54,6 +54,9 @@ class LayerWork:
 class VisionPlan:
     """The cut, orders and positions of one batch for one tower; see `from_grid`.
 
+        plan = VisionPlan.from_grid(inputs["image_grid_thw"], model)
+        print(plan.patches, plan.max_seqlen, plan.tensors["cu_seqlens"])
+
     Attributes:
         recipe: what the tower needs.
         grids: frames, height and width in patches, one per image or video.

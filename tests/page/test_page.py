@@ -268,7 +268,7 @@ def test_a_path_that_failed_is_shown_and_its_time_struck_through(comparison: Com
 
 
 def test_what_sdpa_is_depends_on_the_release(comparison: Comparison) -> None:
-    for release, words in (("4.51.3", "one call with a dense mask"), ("5.24.0", "one call per segment")):
+    for release, words in (("4.53.3", "one call with a dense mask"), ("5.24.0", "one call per segment")):
         machine = replace(
             comparison.machine, packages={**comparison.machine.packages, "transformers": release}
         )

@@ -21,7 +21,7 @@ from varlen_vision.swap import restore_attention, swap_attention
 MASK_AS_SHIPPED = "sdpa_mask[device_slices]"
 PLAIN = "sdpa"
 # Before, its sdpa made a dense mask.
-SPLIT_SINCE = Version("4.53")
+SPLIT_SINCE = Version("4.54")
 BASELINES = (MASK_AS_SHIPPED, PLAIN)
 COMPILED = "+compile"
 

@@ -33,6 +33,10 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """Attention inside each segment of a packed batch, one call, no mask.
 
+        q, k, v = torch.randn(3, 20, 4, 16).unbind()  # 20 tokens, 4 heads, head_dim 16
+        cu_seqlens = torch.tensor([0, 6, 20], dtype=torch.int32)  # segments of 6 and 14
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 14, 14)
+
     Signature and meaning follow `flash_attn.flash_attn_varlen_func` (flash-attn 2), grouped heads and the
     bottom-right aligned causal mask included.
 

@@ -67,6 +67,9 @@ def write_trace(
 ) -> Trace:
     """Run `call` once under torch.profiler, with named ranges, and write what was recorded.
 
+        trace = write_trace(lambda: model(**inputs), "trace.json", model=model)
+        print(trace.ranges)
+
     Args:
         call: runs the forward.
         path: of the JSON file; written whole or not at all.
@@ -76,7 +79,7 @@ def write_trace(
 
     Raises:
         ProfileError: the file cannot be written.
-        Whatever `call` raises.
+        Exception: whatever `call` raises.
     """
     path, on_gpu = Path(path), torch.device(device).type == "cuda"
     check_folder(path.parent)

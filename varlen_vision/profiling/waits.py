@@ -52,7 +52,7 @@ def host_waits(
 
     Raises:
         VarlenVisionError: `call` is not callable, or there is no such device.
-        Whatever `call` raises; the model is then as it was before.
+        Exception: whatever `call` raises; the model is then as it was before.
     """
     if not callable(call):
         raise VarlenVisionError(

@@ -38,7 +38,7 @@ Made by `make families`, which swaps the tiny tower of every family in each rele
 keeps it current. {count} families, {releases} releases.
 
 - **verified**: every block was swapped and checked beside the original, and the whole tower's output is as
-  close to float64 as the original's, within the error budget (docs/numerics.md), in float32.
+  close to float64 as the original's, within the error budget ([numerics.md](numerics.md)), in float32.
 - **-**: the release does not have the family.
 - a number: not swapped there; see the reason below the table.
 

@@ -105,6 +105,11 @@ def optimize_vision(
 ) -> tuple[PartReport, ...]:
     """Make the vision tower of `model` faster: the same function of the same weights.
 
+        swap_attention(model)
+        for part in optimize_vision(model, "products"):
+            print(part)
+        restore_vision(model)
+
     Args:
         model: a whole vision-language model, or a tower, its attention swapped (swap_attention, load_model).
         mode: 'products' (the MLP's products merged, and padded to a width that suits the GPU; the patch
