@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.jobs.commands import call, photographs
-from tests.jobs.outcome import rows_of
+from tests.jobs.fake import Fake, do, pictures
+from tests.jobs.outcome import rows_of, table_of
 from varlen_vision.errors import ImageError, JobError
 from varlen_vision.jobs.decode import decode
+from varlen_vision.jobs.formats import Parquet
 from varlen_vision.jobs.items import read_source
 from varlen_vision.testing.photographs import photograph
 
@@ -104,6 +107,16 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     assert Image.MAX_IMAGE_PIXELS == 89478485  # ours alone was raised
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 8, 9])
+def test_the_limit_of_pixels_is_exact(limit: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "row.png")
+    Image.new("RGB", (limit, 1)).save(path)
+    assert decode(path, limit).width == limit
+    Image.new("RGB", (limit + 1, 1)).save(path)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        decode(path, limit)
+
+
 LINES = {
     "no JSON": ("{", "line 2: .*expected a JSON object"),
     "no object": ("[1]", "line 2: list; expected an object"),
@@ -167,6 +180,31 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
     Image.new("RGB", (60, 60)).save(folder / name)
     assert call("encode", folder, tmp_path / "out").status == 0
     assert name in [row["id"] for row in rows_of(tmp_path / "out" / "index.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["table", "parquet"])
+def test_names_that_are_no_unicode_in_tables(kind: str, tmp_path: Path) -> None:
+    """Arrow holds UTF-8 only; also where a table is written once more without another process's items."""
+    folder, output = pictures(tmp_path / "in", 3), tmp_path / "out"
+    os.rename(os.fsencode(folder / "00.png"), os.fsencode(folder) + b"/caf\xe9.png")
+    assert do(Fake(kind), folder, output).finished
+    names = {"01.png", "caf\\udce9.png"}
+    if kind == "table":  # with the item that failed
+        names.add("02.png")
+    assert {row["id"] for row in table_of(output)} == names
+    for shard in (output / "shards").iterdir():
+        Parquet({"id": "string"}).drop(shard, ["caf\udce9.png"])
+    assert [row["id"] for row in table_of(output)] == ["caf\\udce9.png"]
+
+
+def test_ids_that_meet_when_lines_are_taken_apart(tmp_path: Path) -> None:
+    path = tmp_path / "work.jsonl"
+    lines = [{"id": "a", "images": ["0.png", "1.png"]}, {"id": "a#1", "image": "2.png"}]
+    for given in (lines, lines[::-1]):
+        path.write_text("\n".join(map(json.dumps, given)))
+        with pytest.raises(JobError, match=r"id 'a#1' is that of image . of 'a.*' and of image . of 'a"):
+            read_source(path, None, prompts=False)
+        assert len(read_source(path, "?", prompts=True).items) == 2
 
 
 def test_a_prompt_with_image_tokens_of_its_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,42 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     assert all(isinstance(result, Prepared) for result in results)
 
 
+@dataclass(frozen=True)
+class DeadlyOnce(Take):
+    """The worker of the first item dies, once, while others behind it are done, or at it."""
+
+    flag: Path
+
+    def __call__(self, item: Item) -> Prepared:
+        if item.index == 0 and not self.flag.exists():
+            time.sleep(0.7)
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.5 if item.index == 3 else 0.0)
+        return super().__call__(item)
+
+
+def test_one_death_is_one(tmp_path: Path) -> None:
+    items = items_of(pictures(tmp_path / "in", 8, broken=False))
+    with Pool(DeadlyOnce(tmp_path / "flag"), 2) as pool:
+        results = list(pool.run(items))
+        assert pool.deaths == 1
+    assert [result.item.id for result in results if isinstance(result, Prepared)] == [i.id for i in items]
+
+
+def test_a_finished_run_keeps_its_account(tmp_path: Path) -> None:
+    """A resume that finds nothing to do has none of its own."""
+    folder, output = pictures(tmp_path / "in"), tmp_path / "out"
+    do(Fake(), folder, output)
+    first = json.loads((output / "account.json").read_text())
+    assert first["images"] == 11 and first["wall"] > 0
+    assert do(Fake(), folder, output).finished
+    assert json.loads((output / "account.json").read_text()) == first
+    (output / "account.json").unlink()  # as after a kill just before it
+    assert do(Fake(), folder, output).finished
+    assert json.loads((output / "account.json").read_text())["done"] == 11
+
+
 def test_out_of_memory(tmp_path: Path) -> None:
     """A batch is split until it fits; what does not on its own is an error, and the rest goes on."""
     folder = pictures(tmp_path / "in", broken=False)
@@ -282,12 +319,44 @@ def test_out_of_memory(tmp_path: Path) -> None:
     assert sizes[0] == 12 and 2 in sizes
 
 
-def test_anything_else_ends_the_run_and_a_resume_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_in_the_warm_up(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", broken=False)
+    sizes = []
+
+    def small(batch: Any) -> None:
+        sizes.append(len(batch))
+        if len(batch) > 2 or batch[0].item.id == "07.png":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ended = do(Fake(before=small), folder, tmp_path / "out", budget=1000, warm=12)
+    assert ended.finished and ended.account.errors == {"memory": 1} and ended.account.done == 11
+    assert sizes.count(12) == 2  # warmed up, and worked
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_error_of_the_model_is_its_items(alone: bool, tmp_path: Path) -> None:
+    """Or of nobody, where only the batch as a whole was the trouble."""
+    folder = pictures(tmp_path / "in", broken=False)
+
+    def broken(batch: Any) -> None:
+        if any(prepared.item.id == "03.png" for prepared in batch) and (alone or len(batch) > 1):
+            raise IndexError("index out of range in self\nmore")
+
+    ended = do(Fake(before=broken), folder, tmp_path / "out", budget=1000)
+    assert ended.finished and ended.account.left == 0 and ended.account.split == 0
+    assert ended.account.errors == ({"model": 1} if alone else {})
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out" / "results.jsonl")}
+    assert rows["03.png"].get("error") == ("IndexError: index out of range in self" if alone else None)
+    assert len(rows) == 12
+
+
+@pytest.mark.parametrize("said", ["CUDA error: an illegal memory", "Triton Error [CUDA]: an illegal memory"])
+def test_an_error_of_the_gpu_ends_the_run_and_a_resume_goes_on(said: str, tmp_path: Path) -> None:
     folder, output = pictures(tmp_path / "in"), tmp_path / "out"
 
     def broken(batch: Any) -> None:
         if any(prepared.item.id == "03.png" for prepared in batch):
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(said)
 
     with pytest.raises(RuntimeError, match="illegal memory"):
         do(Fake(before=broken), folder, output)

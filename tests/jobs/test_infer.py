@@ -14,6 +14,9 @@ from tests.jobs.commands import call, photographs
 from tests.jobs.outcome import rows_of, table_of
 from tests.towers import checkpoint
 from varlen_vision import load_model
+from varlen_vision.jobs.infer import collate
+from varlen_vision.jobs.items import Item
+from varlen_vision.jobs.prepared import Packed, Prepared
 from varlen_vision.testing.processors import load_processor
 
 pytest.importorskip("skimage")
@@ -104,6 +107,22 @@ def test_compare(tmp_path: Path) -> None:
     again = call("infer", folder, tmp_path / "out", *options)
     assert again.status == 2 and "holds runs of sdpa_mask, sdpa, varlen" in again.output
     assert call("infer", folder, tmp_path / "out", *options, "--overwrite").status == 0
+
+
+def test_tensors_by_token_that_some_items_lack() -> None:
+    """They are padded like the others, and where there are none nothing is marked; but all tokens count."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    items = [{name: torch.ones(1, length, dtype=torch.long) for name in names} for length in (2, 3, 1)]
+    for name in names[1:]:
+        del items[1][name]
+    batch = [
+        Prepared(Item(index, str(index), ()), {name: Packed.of(one) for name, one in item.items()}, (), 1)
+        for index, item in enumerate(items)
+    ]
+    found = {name: value.tolist() for name, value in collate(batch, 7).items()}
+    assert found["input_ids"] == [[7, 1, 1], [1, 1, 1], [7, 7, 1]]
+    assert found["attention_mask"] == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert found["token_type_ids"] == [[0, 1, 1], [0, 0, 0], [0, 0, 1]]
 
 
 def test_optimize_does_not_change_answers(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tests.jobs.outcome import rows_of
 from tests.jobs.test_ends import HERE
 from tests.jobs.test_processes import wait_for
 from tests.towers import checkpoint
+from varlen_vision.errors import JobError
+from varlen_vision.jobs.folder import open_run
 from varlen_vision.jobs.launch import Launch
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -87,4 +89,38 @@ def test_what_the_environment_says() -> None:
     assert (found.rank, found.local_rank, found.processes, found.restarted) == (3, 1, 4, True)
     assert found.token == "x-a-29"  # the same on both machines
     assert found.device("cuda") == "cuda:1" and found.device("cpu") == "cpu"
+    assert not found.anonymous and not Launch().anonymous
     assert found.device("cuda:5") == "cuda:5" and Launch().device("cuda") == "cuda"
+
+
+PROCESS = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+NAMELESS = {
+    "accelerate on two machines": {"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"},
+    "groups": {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"},
+    "srun": {},
+}
+
+
+@pytest.mark.parametrize("more", NAMELESS.values(), ids=NAMELESS)
+def test_a_launch_that_is_like_the_one_before(more: dict[str, str], tmp_path: Path) -> None:
+    """Its first run would pass for this one's, and a removal would race with those who have joined."""
+    launches = [Launch.of({**PROCESS, **more, "RANK": rank}) for rank in "01"]
+    for launch in launches:
+        with pytest.raises(JobError, match="start all with --resume, which begins"):
+            open_run(tmp_path / "out", {"x": 1}, resume=False, overwrite=False, launch=launch)
+        with pytest.raises(JobError, match=r"--overwrite could remove .* start all with --resume"):
+            open_run(tmp_path / "out", {"x": 1}, resume=False, overwrite=True, launch=launch)
+    assert not (tmp_path / "out").exists()
+    for launch in launches:
+        open_run(tmp_path / "out", {"x": 1}, resume=True, overwrite=False, launch=launch)
+
+
+def test_launches_that_differ(tmp_path: Path) -> None:
+    """On one machine the parent tells, on several an id that was given: a second launch is refused."""
+    several = {**PROCESS, "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    first, second = (Launch.of({**several, "TORCHELASTIC_RUN_ID": name}) for name in "ab")
+    open_run(tmp_path / "out", {"x": 1}, resume=False, overwrite=False, launch=first)
+    with pytest.raises(JobError, match="holds this very run"):
+        open_run(tmp_path / "out", {"x": 1}, resume=False, overwrite=False, launch=second)
+    one = Launch.of({**PROCESS, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
+    assert str(os.getppid()) in one.token and not one.anonymous

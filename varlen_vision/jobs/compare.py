@@ -16,6 +16,7 @@ from varlen_vision.jobs.account import Account
 from varlen_vision.jobs.files import write_json
 from varlen_vision.jobs.folder import RUN
 from varlen_vision.jobs.job import Job
+from varlen_vision.jobs.launch import Launch
 from varlen_vision.jobs.run import Ended, Options, results, run
 
 # Items that go through each path before its time is taken.
@@ -29,7 +30,8 @@ class Outcome:
     Attributes:
         path: its name.
         account: of its run.
-        same: share of the items whose answer is that of the first path, letter by letter.
+        same: share of all items whose answer is that of the first path, letter by letter; one that failed
+            has none.
     """
 
     path: str
@@ -59,18 +61,18 @@ def compare(
     outcomes: list[Outcome] = []
     ended: list[Ended] = []
     first: dict[str, Any] = {}
+    device = torch.device(Launch().device(options.device))
     for path in paths:
-        _forget()
+        _forget(device)
         target = options.output / path
         ended.append(run(job(path), replace(options, output=target, warm=WARM)))
         if not ended[-1].finished:
             break
-        texts = {row["id"]: row["text"] for row in results(target) if "text" in row}
-        first = first or texts
-        both = texts.keys() & first.keys()
-        same = sum(texts[name] == first[name] for name in both) / max(1, len(both))
+        rows = results(target)
+        texts = {row["id"]: row["text"] for row in rows if "text" in row}
+        first = texts if not outcomes else first
+        same = len(texts.items() & first.items()) / len(rows)
         outcomes.append(Outcome(path, ended[-1].account, same))
-    device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
     value = {
         "machine": asdict(describe_machine(device)),
         "settings": job(paths[0]).settings(),
@@ -91,7 +93,7 @@ def table(outcomes: Sequence[Outcome], dtype: str) -> Table:
     )
     made = Table(title=title, title_justify="left")
     columns = ("path", "total", "images/s", "ratio", "vision", "ratio", "prefill", "decode", "wait", "other")
-    for heading in (*columns, "peak MiB", "answers alike"):
+    for heading in (*columns, "peak MiB", "failed", "answers alike"):
         made.add_column(heading, justify="left" if heading == "path" else "right")
     for outcome in outcomes:
         account, base = outcome.account, outcomes[0].account
@@ -108,14 +110,16 @@ def table(outcomes: Sequence[Outcome], dtype: str) -> Table:
             *(f"{value:.2f}" for value in shown[1:]),
             f"{account.wall - sum(shown):.2f}",
             f"{account.peak_mib:.0f}" if account.peak_mib else "-",
+            str(account.failed),
             f"{outcome.same:.0%}",
         )
     return made
 
 
-def _forget() -> None:
+def _forget(device: torch.device) -> None:
     """Free the model before: only one fits."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # else a device that is named is not known
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)

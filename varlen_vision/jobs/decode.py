@@ -20,7 +20,8 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 def pixel_limit(pixels: int) -> Iterator[None]:
     """Inside, images of more than `pixels` pixels are refused before they are decoded."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max(1, pixels // 2)  # Pillow warns from here, and refuses twice as many
+    # Pillow warns from here, and refuses more than twice as many; half of an odd number is no integer.
+    Image.MAX_IMAGE_PIXELS = pixels / 2 if pixels % 2 else pixels // 2  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

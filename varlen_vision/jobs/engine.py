@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -21,6 +23,23 @@ from varlen_vision.jobs.work import Work
 
 # Seconds between looks at what others have left.
 _POLL = 0.5
+# What PyTorch and Triton say of a GPU that has failed.
+_DEVICE_ERRORS = ("CUDA error", "Triton Error [CUDA]")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch that is run in halves.
+
+    Attributes:
+        memory: whether because it did not fit.
+    """
+
+    memory: bool
+
+
+Ran: TypeAlias = tuple[Sequence[Prepared], list[Result], dict[str, float]]
+"""A batch that went through: its items, their results, and what it took, by what for."""
 
 
 class Engine:
@@ -36,11 +55,12 @@ class Engine:
         costs: CostModel,
         budget: int,
         progress: Callable[[], None],
+        device: torch.device,
     ) -> None:
         self.account = Account()
         self._model, self._pool, self._work, self._store = model, pool, work, store
         self._times, self._costs, self._budget, self._progress = times, costs, budget, progress
-        self._watch = Stopwatch()
+        self._watch, self._device = Stopwatch(), device
 
     def run(self, stop: Callable[[], bool]) -> bool:
         """True where all work is done; False where it was stopped."""
@@ -61,8 +81,8 @@ class Engine:
             self.account.add(self._watch.seconds)
             self.account.worker_deaths = self._pool.deaths
             self.account.taken_over = self._work.taken_over
-            if torch.cuda.is_available():
-                self.account.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+            if self._device.type == "cuda":
+                self.account.peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
 
     def _pass(self, stop: Callable[[], bool]) -> bool:
         """All that can be claimed now; whether that was anything."""
@@ -91,33 +111,13 @@ class Engine:
         mine = self._work.still_mine(prepared.item for prepared in batch)
         kept = [prepared for prepared in batch if prepared.item.index in mine]
         if kept:
-            for part, results, seconds in self._tried(kept):
-                self._keep(part, results, seconds)
-
-    def _tried(
-        self, batch: Sequence[Prepared]
-    ) -> Iterator[tuple[Sequence[Prepared], list[Result], dict[str, float]]]:
-        """Run a batch; where memory is short its halves, down to single items."""
-        start = time.perf_counter()
-        try:
-            results, seconds = self._model.step(batch)
-        except torch.OutOfMemoryError as error:
-            message = str(error).partition("\n")[0]
-        else:
-            step = time.perf_counter() - start
-            yield batch, results, {**seconds, "rest": max(0.0, step - sum(seconds.values())), "step": step}
-            return
-        # Here the frames that the error held, and their tensors, are gone.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            item = batch[0].item
-            self._fail(Failed(item, "memory", f"it does not fit in memory on its own: {message}"))
-            return
-        self.account.split += 1
-        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            yield from self._tried(half)
+            for part in _tried(self._model, kept):
+                if isinstance(part, Failed):
+                    self._fail(part)
+                elif isinstance(part, Split):
+                    self.account.split += part.memory
+                else:
+                    self._keep(*part)
 
     def _keep(self, batch: Sequence[Prepared], results: list[Result], seconds: dict[str, float]) -> None:
         # Once more, since it took its time: who was taken for dead writes nothing that another may have done.
@@ -145,7 +145,46 @@ class Engine:
 
 
 def warm_up(model: Model, prepared: Iterable[Prepared | Failed], budget: int) -> None:
-    """Run these through the model, and keep nothing."""
+    """Run these through the model, and keep nothing; what fails does so again when it counts."""
     ready = (one for one in prepared if isinstance(one, Prepared))
     for batch in batches(ready, lambda one: one.price, budget):
-        model.step(batch)
+        for _ in _tried(model, batch):
+            pass
+
+
+def _tried(model: Model, batch: Sequence[Prepared]) -> Iterator[Ran | Split | Failed]:
+    """Run a batch; where that fails its halves, down to single items, whose errors are their own."""
+    start = time.perf_counter()
+    try:
+        results, seconds = model.step(batch)
+    except torch.OutOfMemoryError as error:
+        kind, message = "memory", f"it does not fit in memory on its own: {_first_line(error)}"
+    except Exception as error:  # a model's code raises all kinds for input that it did not expect
+        if _of_the_device(error):
+            raise
+        kind, message = "model", f"{type(error).__name__}: {_first_line(error)}"
+    else:
+        step = time.perf_counter() - start
+        yield batch, results, {**seconds, "rest": max(0.0, step - sum(seconds.values())), "step": step}
+        return
+    # Here the frames that the error held, and their tensors, are gone.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        yield Failed(batch[0].item, kind, message)
+        return
+    yield Split(kind == "memory")
+    for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+        yield from _tried(model, half)
+
+
+def _of_the_device(error: Exception) -> bool:
+    """Whether the GPU can no longer be used by this process, so that every further item would fail too."""
+    lost = getattr(torch, "AcceleratorError", None)  # not in older releases, which raise RuntimeError
+    said = any(words in str(error) for words in _DEVICE_ERRORS)
+    return said or (lost is not None and isinstance(error, lost))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

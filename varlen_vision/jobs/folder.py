@@ -72,12 +72,15 @@ def open_run(
 
     Raises:
         JobError: something else is there: files that are no run's, a run with other settings (both are
-            shown), or the same run without `resume`.
+            shown), or the same run without `resume`. Or `launch` is over several machines and has no id of
+            its own, so that only `resume` is safe.
         OutputError: nothing can be written there.
     """
     launch = launch or Launch()
     if resume and overwrite:
         raise JobError("--resume goes on with what is there and --overwrite removes it; give one of them")
+    if launch.anonymous and not resume:
+        raise JobError(_anonymous(path, launch, overwrite))
     folder = Folder(path)
     if launch.rank > 0 and not resume:
         _follow(folder, launch)
@@ -159,6 +162,22 @@ def _remove(folder: Folder) -> None:
             if (folder.path / name).is_dir():
                 shutil.rmtree(folder.path / name)
         folder.run.unlink()
+
+
+def _anonymous(path: Path, launch: Launch, overwrite: bool) -> str:
+    why = (
+        f"this is process {launch.rank} of {launch.processes} on several machines, or on one that does not "
+        "say so (LOCAL_WORLD_SIZE), and nothing tells this launch from an earlier one"
+    )
+    if overwrite:
+        return (
+            f"{why}: --overwrite could remove what another of its processes has begun. Remove {str(path)!r} "
+            "first, or give another --output, and start all with --resume"
+        )
+    return (
+        f"{why}: start all with --resume, which begins the run where there is none; or give the launch an "
+        "id of its own (torchrun --rdzv_id)"
+    )
 
 
 def _in_the_way(folder: Folder, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -79,12 +79,12 @@ class Parquet:
         """Write a shard once more with these items only."""
         arrow, reader = parquet()
         table = reader.read_table(path)
-        mask = arrow.compute.is_in(table["id"], arrow.array(sorted(keep), arrow.string()))
+        mask = arrow.compute.is_in(table["id"], arrow.array(sorted(map(_text, keep)), arrow.string()))
         with whole_file(path) as file:
             reader.write_table(table.filter(mask), file, row_group_size=_GROUP)
 
     def _row(self, row: Row, spills: Mapping[str, Spill]) -> Row:
-        made = {name: row.get(name) for name in self._columns}
+        made = {name: _text(row.get(name)) for name in self._columns}
         for name, spill in spills.items():
             end = row["offset"] + row["rows"]
             values = spill.tensor(end)[row["offset"] :]
@@ -107,6 +107,13 @@ def parquet() -> tuple[Any, Any]:
     import pyarrow.parquet
 
     return pyarrow, pyarrow.parquet
+
+
+def _text(value: Any) -> Any:
+    """As a table holds it: Arrow has UTF-8 only, so bytes of a file name that are none become `\\udcff`."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return [_text(part) for part in value] if isinstance(value, list) else value
 
 
 def _type(arrow: Any, kind: str) -> Any:

@@ -215,19 +215,23 @@ def collate(batch: Sequence[Prepared], pad: int) -> BatchFeature:
     longest = max(item["input_ids"].shape[1] for item in items)
     data: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for item in items for name in item):
-        parts = [item[name] for item in items if name in item]
-        if name not in GRIDS and all(
-            name in item and item[name].shape == item["input_ids"].shape for item in items
-        ):
+        having = [item for item in items if name in item]
+        parts = [item[name] for item in having]
+        if name not in GRIDS and all(item[name].shape == item["input_ids"].shape for item in having):
             fill = pad if name == "input_ids" else 0
+            # Some processors leave out what would be the same for all tokens of an item.
+            same = int(name == "attention_mask")
+            parts = [
+                item.get(name, torch.full_like(item["input_ids"], same, dtype=parts[0].dtype))
+                for item in items
+            ]
             parts = [nn.functional.pad(part, (longest - part.shape[1], 0), value=fill) for part in parts]
         try:
             data[name] = torch.cat(parts)
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts[:4])
             raise JobError(
-                f"{name} of a batch have the shapes {shapes}, which cannot be put end to end; with "
-                "--token-budget 1 every item runs alone"
+                f"{name} of a batch have the shapes {shapes}, which cannot be put end to end"
             ) from error
     return BatchFeature(data)
 

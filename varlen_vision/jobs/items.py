@@ -64,7 +64,8 @@ def read_source(path: Path, prompt: str | None, *, prompts: bool) -> Source:
             each image is an item of its own, and the second of several of one line is called `id#1`.
 
     Raises:
-        JobError: nothing there, no items, or a line that is unusable; every line is checked beforehand.
+        JobError: nothing there, no items, a line that is unusable, or an id twice; all is checked
+            beforehand.
     """
     path = path.resolve()  # the same input, however it is spelled
     if path.is_dir():
@@ -140,8 +141,15 @@ def _item(line: str, index: int, number: int, path: Path, prompt: str | None, pr
 
 
 def _one_image_each(items: Sequence[Item]) -> Iterator[Item]:
-    index = 0
+    taken: dict[str, str] = {}
     for item in items:
         for number, image in enumerate(item.images):
-            yield Item(index, f"{item.id}#{number}" if number else item.id, (image,))
-            index += 1
+            name = f"{item.id}#{number}" if number else item.id
+            here = f"image {number + 1} of {item.id!r}"
+            if name in taken:
+                raise JobError(
+                    f"id {name!r} is that of {taken[name]} and of {here}: the second image of a line is "
+                    "called id#1, and so on; give another id"
+                )
+            yield Item(len(taken), name, (image,))
+            taken[name] = here

@@ -18,7 +18,8 @@ class Launch:
         rank: 0 is the first.
         local_rank: on this machine.
         processes: of the whole launch.
-        token: the same for all processes of one launch, and no other; empty on its own.
+        token: the same for all processes of one launch, and no other; empty on its own, and where nothing
+            tells one launch from the next.
         restarted: whether the launcher has started it again after a failure.
     """
 
@@ -34,11 +35,14 @@ class Launch:
         processes = int(environment.get("WORLD_SIZE", 1))
         if processes == 1:
             return cls()
-        keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-        token = "-".join(environment.get(key, "") for key in keys)
-        local = int(environment.get("LOCAL_WORLD_SIZE", processes))
-        if local == processes:  # one machine: all have one parent, which no later launch has
-            token += f"-{os.getppid()}-{_started(os.getppid())}"
+        run_id = environment.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default
+        place = f"{environment.get('MASTER_ADDR', '')}-{environment.get('MASTER_PORT', '')}"
+        # Without LOCAL_WORLD_SIZE (plain srun) it is not known who is on this machine.
+        local = int(environment.get("LOCAL_WORLD_SIZE", 0))
+        token = "" if run_id == "none" else f"{run_id}-{place}"
+        if local == processes and int(environment.get("GROUP_WORLD_SIZE", 1)) == 1:
+            # One machine: all have one parent, which no later launch has.
+            token = f"{run_id}-{place}-{os.getppid()}-{_started(os.getppid())}"
         return cls(
             int(environment.get("RANK", 0)),
             int(environment.get("LOCAL_RANK", 0)),
@@ -46,6 +50,11 @@ class Launch:
             token,
             int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
         )
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether its processes cannot tell one another from those of an earlier launch."""
+        return self.processes > 1 and not self.token
 
     def device(self, asked: str | None) -> str:
         """The device of this process: on a GPU machine, the one of its local rank."""

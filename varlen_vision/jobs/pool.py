@@ -74,6 +74,8 @@ class Pool:
                 ahead = deque((item, self._finished(future)) for item, future in ahead)
                 while ahead and ahead[0][1] is None:
                     yield self._alone(ahead.popleft()[0])
+                # Behind one that is finished: begun anew, else they would look as if their worker had died.
+                ahead = deque((item, future or self._submit(item)) for item, future in ahead)
                 continue
             yield result
 

@@ -85,7 +85,7 @@ class Failed:
 
     Attributes:
         item: it.
-        kind: of failure, for counting: 'image', 'prepare', 'worker', 'memory'.
+        kind: of failure, for counting: 'image', 'prepare', 'worker', 'memory', 'model'.
         message: for people.
     """
 

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from varlen_vision.errors import OutputError
 from varlen_vision.jobs import leases, plan
 from varlen_vision.jobs.account import Account, Times, measured, overall
@@ -20,7 +22,7 @@ from varlen_vision.jobs.files import write_json
 from varlen_vision.jobs.folder import Folder, open_run
 from varlen_vision.jobs.items import Source, read_source
 from varlen_vision.jobs.job import Job, Model
-from varlen_vision.jobs.journal import Journals
+from varlen_vision.jobs.journal import Journals, lines
 from varlen_vision.jobs.launch import Launch
 from varlen_vision.jobs.leases import Leases
 from varlen_vision.jobs.merge import clear, merge
@@ -117,6 +119,7 @@ class _Run:
         self.journals = Journals(folder.journal)
         self.account = Account()
         self.stop = Stop()
+        self.device = launch.device(options.device)
 
     def go(self) -> Ended:
         shown = not self.options.quiet and self.launch.local_rank == 0
@@ -132,13 +135,16 @@ class _Run:
             except OutputError as raised:
                 error = raised
             progress.look_now()
+            worked = (self.folder.journal / f"{mine.worker}.jsonl").exists()
         self.account.errors = self.journals.failed()
         self.account.failed = sum(self.account.errors.values())
         self.account.done = len(self.journals.errors) - self.account.failed
         self.account.left = len(self.source.items) - len(self.journals.errors)
-        if finished and self.launch.rank == 0:
+        path = self.folder.path / "account.json"
+        # Who did nothing has nothing to say about how the run went.
+        if finished and self.launch.rank == 0 and (worked or not path.exists()):
             try:
-                write_json(self.folder.path / "account.json", asdict(self.account))
+                write_json(path, asdict(self.account))
             except OutputError as raised:
                 error = error or raised
         return Ended(self.account, self.source, finished, self.stop.signal, error)
@@ -149,7 +155,7 @@ class _Run:
         if not everything:
             with Pool(self.job.prepare(), self.options.workers) as pool:
                 pool.start()  # they load beside the model
-                model = self.job.load(self.launch.device(self.options.device))
+                model = self.job.load(self.device)
                 try:
                     if not self._model_work(model, pool, mine, progress):
                         return False
@@ -182,7 +188,8 @@ class _Run:
             self.folder, mine.worker, self.job.layout.format, self.options.shard_bytes, work.undisputed
         )
         times = Times(self.folder.times, mine.worker)
-        engine = Engine(model, pool, work, store, times, costs, self.options.budget, progress.look)
+        device = torch.device(self.device)
+        engine = Engine(model, pool, work, store, times, costs, self.options.budget, progress.look, device)
         progress.describe(self.job.settings()["job"])
         since = time.time()
         try:
@@ -219,5 +226,4 @@ def default_workers(processes: int) -> int:
 
 def results(folder: Path) -> Sequence[dict[str, Any]]:
     """The lines of a finished run that has them, in the order of the input."""
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for _, line in lines(folder / "results.jsonl")]

@@ -54,7 +54,8 @@ class Work:
     def still_mine(self, items: Iterable[Item]) -> set[int]:
         """Indices of those that nobody has taken over."""
         claims = self._leases.claims()
-        mine = {name for name in self._open if claims[name].worker == self._leases.worker}
+        holders = {name: claim.worker for name, claim in claims.items()}
+        mine = {name for name in self._open if holders.get(name) == self._leases.worker}
         for name in set(self._open) - mine:
             self._drop(name)
         return {item.index for item in items if self._chunk_of.get(item.index) in mine}
@@ -66,7 +67,11 @@ class Work:
         journals first.
         """
         claims = self._leases.claims()
-        return not any(generation or claims[name].generation for name, generation in self._held.items())
+        # Where a claim is gone, somebody has removed the run.
+        return not any(
+            generation or (last := claims.get(name)) is None or last.generation
+            for name, generation in self._held.items()
+        )
 
     def done(self, items: Iterable[Item]) -> None:
         """These have their lines."""
