@@ -350,6 +350,18 @@ def test_an_error_of_the_model_is_its_items(alone: bool, tmp_path: Path) -> None
     assert len(rows) == 12
 
 
+def test_a_model_that_takes_nothing_ends_the_run(tmp_path: Path) -> None:
+    def broken(batch: Any) -> None:
+        raise ValueError("odd")
+
+    folder, output = pictures(tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(
+        RuntimeError, match=r"first 8 items all failed in the model.*ValueError: odd.*overwrite"
+    ):
+        do(Fake(before=broken), folder, output)
+    assert do(Fake(), folder, output, resume=False, overwrite=True).account.errors == {"image": 1}
+
+
 @pytest.mark.parametrize("said", ["CUDA error: an illegal memory", "Triton Error [CUDA]: an illegal memory"])
 def test_an_error_of_the_gpu_ends_the_run_and_a_resume_goes_on(said: str, tmp_path: Path) -> None:
     folder, output = pictures(tmp_path / "in"), tmp_path / "out"

@@ -23,6 +23,8 @@ from varlen_vision.jobs.work import Work
 
 # Seconds between looks at what others have left.
 _POLL = 0.5
+# Items that the model refuses, with none that went through, before the job is taken to be wrong itself.
+_HOPELESS = 8
 # What PyTorch and Triton say of a GPU that has failed.
 _DEVICE_ERRORS = ("CUDA error", "Triton Error [CUDA]")
 
@@ -61,6 +63,7 @@ class Engine:
         self._model, self._pool, self._work, self._store = model, pool, work, store
         self._times, self._costs, self._budget, self._progress = times, costs, budget, progress
         self._watch, self._device = Stopwatch(), device
+        self._refused = 0
 
     def run(self, stop: Callable[[], bool]) -> bool:
         """True where all work is done; False where it was stopped."""
@@ -114,6 +117,7 @@ class Engine:
             for part in _tried(self._model, kept):
                 if isinstance(part, Failed):
                     self._fail(part)
+                    self._doubt(part)
                 elif isinstance(part, Split):
                     self.account.split += part.memory
                 else:
@@ -133,6 +137,15 @@ class Engine:
         self.account.batches += 1
         self.account.images += images
         self._done(prepared.item for prepared in batch)
+
+    def _doubt(self, failed: Failed) -> None:
+        """End a job of which nothing goes through: its model and its input do not fit."""
+        self._refused += failed.kind == "model"
+        if not self.account.batches and self._refused >= _HOPELESS:
+            raise RuntimeError(
+                f"the first {self._refused} items all failed in the model, {failed.item.id!r} with "
+                f"{failed.message!r}, and none went through; mend that, then begin anew with --overwrite"
+            )
 
     def _fail(self, failed: Failed) -> None:
         if self._work.still_mine([failed.item]):
