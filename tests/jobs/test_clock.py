@@ -29,8 +29,10 @@ def test_calls_are_timed() -> None:
         assert outer(seconds) == seconds
     found = clock.read()
     assert found["outer"] == pytest.approx([0.02, 0.05], abs=0.015)
-    assert all(i <= o for i, o in zip(found["inner"], found["outer"], strict=True))
+    assert all(i <= o for i, o in zip(found["inner in outer"], found["outer"], strict=True))
     assert clock.read() == {}
+    inner(0.0)
+    assert set(clock.read()) == {"inner"}
     clock.close()
     outer(0.0)
     assert clock.read() == {} and outer._compiled_call_impl is None

@@ -19,9 +19,10 @@ class Clock:
         self._device = device
         self._marks: dict[str, list[tuple[Any, Any]]] = {}
         self._watched: list[tuple[Any, Any]] = []
+        self._open: list[str] = []
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Time every call of `module` as `name`, until `close`.
+        """Time every call of `module` as `name`, or inside of another's as `name in other`, until `close`.
 
         Around the call as a whole: hooks would run inside a CUDA graph's recording, and not at its replays.
         """
@@ -29,9 +30,14 @@ class Clock:
         call: Any = module._call_impl if inner is None else inner
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            where = f"{name} in {self._open[-1]}" if self._open else name
             start = self._mark()
-            output = call(*args, **kwargs)
-            self._marks.setdefault(name, []).append((start, self._mark()))
+            self._open.append(name)
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                self._open.pop()
+            self._marks.setdefault(where, []).append((start, self._mark()))
             return output
 
         module._compiled_call_impl = timed

@@ -175,8 +175,10 @@ class InferModel:
         self._clock.wait()
         generated = time.perf_counter() - start
         calls = self._clock.read()
-        vision = sum(calls.get("vision", ()))
-        prefill = max(0.0, calls["forward"][0] - vision)
+        # Whether generate runs the tower before the first forward or in it, releases of transformers differ.
+        inside = sum(calls.get("vision in forward", ()))
+        vision = inside + sum(calls.get("vision", ()))
+        prefill = max(0.0, calls["forward"][0] - inside)
         rows = [
             self._row(prepared, new) for prepared, new in zip(batch, tokens[:, length:].tolist(), strict=True)
         ]
