@@ -64,7 +64,6 @@ class Watch:
 
     Attributes:
         waits: one for each wait, in order.
-        unseen: how many calls of compiled modules were not looked into.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class Watch:
         self.device = device
         self.names = names
         self.waits: list[Wait] = []
-        self.unseen = 0
         self._dense: list[_Dense] = []
         self._looks_for_waits = waits
         self._host: Any = WeakIdKeyDictionary()
@@ -97,7 +95,6 @@ class Watch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Look away: compiled code does not run while it is watched."""
-        self.unseen += 1
         modes = self._modes
         for mode in reversed(modes):
             mode.__exit__(None, None, None)
