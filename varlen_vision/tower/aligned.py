@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varlen_vision.tower.gated import is_silu, silu_linear
+from varlen_vision.tower.gated import is_silu, silu_linear, silu_mul
 from varlen_vision.tower.mlp import MLPStructure, why_not_plain
+from varlen_vision.tower.padded_linear import columns_linear, rows_linear
 
 # Tensor cores read pieces of 16 bytes: 8 channels of two bytes each.
 NEEDED = 8
@@ -113,34 +114,42 @@ class AlignedMLP(nn.Module):
         if not self.ready:
             result: Tensor = self.__dict__["original"].forward(hidden_state)
             return result
-        weight_in, bias_in, weight_out, bias_out = self._operands()
+        layers: Any = self._layers()
+        *ins, down = layers
+        if any(map(_trained, layers)) and torch.is_autocast_enabled(hidden_state.device.type):
+            # It casts the weights in any case, and knows no functions of ours.
+            inner = self._activate(F.linear(hidden_state, *self._padded(ins)))
+            return F.linear(inner, F.pad(down.weight, (0, self.padded - self.structure.width)), down.bias)
+        if any(map(_trained, ins)):
+            inner = self._activate(rows_linear(hidden_state, ins, self.bias, self.padded))
+        elif self.silu:
+            inner = silu_linear(hidden_state, self.rows, self.bias)
+        else:
+            inner = self._activate(F.linear(hidden_state, self.rows, self.bias))
+        if _trained(down) and self.padded != self.structure.width:
+            return columns_linear(inner, down)
+        return F.linear(inner, self.columns, down.bias)
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        """What is between the products."""
         if self.silu:
-            return F.linear(silu_linear(hidden_state, weight_in, bias_in), weight_out, bias_out)
-        inner = F.linear(hidden_state, weight_in, bias_in)
+            return silu_mul(inner)
         activate = self.structure.activate(self.__dict__["original"])
         if self.structure.gate is None:
-            inner = activate(inner)
-        else:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = activate(gate) * up
-        return F.linear(inner, weight_out, bias_out)
+            activated: Tensor = activate(inner)
+            return activated
+        gate, up = inner.chunk(2, dim=-1)
+        product: Tensor = activate(gate) * up
+        return product
 
-    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Padded weights and biases; differentiable in the parameters where those need gradients."""
-        layers = self._layers()
-        down: Any = layers[-1]
-        if torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters()):
-            # Padding anew costs one pass over the weights, little beside a training step's products.
-            extra = self.padded - self.structure.width
-            rows = [F.pad(layer.weight, (0, 0, 0, extra)) for layer in layers[:-1]]  # type: ignore[arg-type]
-            biases = [layer.bias for layer in layers[:-1]]
-            bias_in = None
-            if any(bias is not None for bias in biases):
-                bias_in = torch.cat(
-                    [_bias(bias, row, self.padded) for bias, row in zip(biases, rows, strict=True)]
-                )
-            return torch.cat(rows), bias_in, F.pad(down.weight, (0, extra)), down.bias
-        return self.rows, self.bias, self.columns, down.bias
+    def _padded(self, layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases of the first layers, padded and joined in the graph."""
+        width, extra = self.structure.width, self.padded - self.structure.width
+        rows = torch.cat([F.pad(layer.weight, (0, 0, 0, extra)) for layer in layers])
+        if self.bias is None:
+            return rows, None
+        biases = [rows.new_zeros(width) if layer.bias is None else layer.bias for layer in layers]
+        return rows, torch.cat([F.pad(bias, (0, extra)) for bias in biases])
 
     def _layers(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.structure.layers]
@@ -180,8 +189,9 @@ class AlignedMLP(nn.Module):
         return f"width={self.structure.width}, padded={self.padded}, ready={self.ready}"
 
 
-def _bias(bias: Any, row: Tensor, width: int) -> Tensor:
-    return row.new_zeros(width) if bias is None else F.pad(bias, (0, width - len(bias)))
+def _trained(layer: nn.Module) -> bool:
+    """Whether a layer's parameters need gradients now."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
 
 
 class _Weights:
