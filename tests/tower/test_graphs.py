@@ -133,7 +133,7 @@ def test_what_is_recorded_has_all_that_differs_copied_in() -> None:
     for grids in SAME_BUCKET[:2]:
         pair.check(grids)
     (graph,) = pair.graphed._graphs.values()
-    for tensor in (graph.pixels[:120], *graph.tensors):
+    for tensor in (graph.pixels[:120], graph.block):
         tensor.fill_(-1)
     pair.check(SAME_BUCKET[2])
 
@@ -146,7 +146,7 @@ def test_a_graph_that_is_not_fed_shows() -> None:
     (key,) = pair.graphed._graphs
     graph = pair.graphed._graphs[key]
     stale = copy.copy(graph)
-    object.__setattr__(stale, "tensors", tuple(torch.empty_like(tensor) for tensor in graph.tensors))
+    object.__setattr__(stale, "block", torch.empty_like(graph.block))
     pair.graphed._graphs[key] = stale
     with pytest.raises(AssertionError, match="is more than"):
         pair.check(SAME_BUCKET[2])
@@ -476,12 +476,50 @@ def test_cumulative_lengths_are_padded_with_empty_segments() -> None:
     model = tower("qwen2_5_vl")
     plan = VisionPlan.from_grid([[1, 10, 12], [1, 6, 22]], model)
     filled = fill_up(plan)
-    keywords = filled.keywords(filled.tensors)
+    keywords = filled.keywords(filled.block)
     for name, kind in (("cu_seqlens", "frames"), ("cu_window_seqlens", "windows")):
         lengths = keywords[name].diff().tolist()
         assert tuple(lengths) == filled.lengths[kind]
         assert [n for n in lengths if n] == list(plan.lengths[kind])
         assert len(lengths) == rounded_up(len(plan.lengths[kind]))
+
+
+def test_one_block_holds_all_tensors_apart() -> None:
+    filled = fill_up(VisionPlan.from_grid([[1, 10, 12], [1, 6, 22]], tower("qwen2_5_vl")))
+    for number, view in enumerate(filled.frame.views(filled.block)):
+        assert view.data_ptr() % 16 == 0
+        view.fill_(number)
+    for number, view in enumerate(filled.frame.views(filled.block)):
+        assert (view == number).all()
+    assert len(filled.block) == filled.frame.nbytes
+
+
+def test_a_recording_sorts_no_order_of_windows() -> None:
+    """The plan knows the inverse; what else is done to the order is done to a plain tensor."""
+    filled = fill_up(VisionPlan.from_grid([[1, 10, 12], [1, 6, 22]], tower("qwen2_5_vl")))
+    order = filled.keywords(filled.block)["window_index"]
+    plain = order.as_subclass(Tensor)
+    with Tape() as recorded:
+        inverse = torch.argsort(order)
+    assert not recorded.operations
+    assert torch.equal(inverse, torch.argsort(plain)) and type(inverse) is Tensor
+    assert torch.equal(torch.argsort(order, descending=True), torch.argsort(plain, descending=True))
+    rows = torch.randn(len(plain), 3)
+    assert type(rows[order]) is Tensor and torch.equal(rows[order], rows[plain])
+
+    pair = Pair("qwen2_5_vl")
+    sorts = []
+
+    def noted(forward: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        with Tape() as operations:
+            forward()
+        sorts.extend(name for name, *_ in operations.operations if "sort" in str(name))
+        return rerun(forward)
+
+    pair.graphed.recorder = lambda device: noted
+    for grids in SAME_BUCKET:
+        pair.check(grids)
+    assert pair.counted("replayed") and not sorts
 
 
 def test_a_frame_is_rounded_up_never_down() -> None:

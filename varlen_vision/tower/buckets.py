@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from varlen_vision.vision_plan import VisionPlan, max_seqlen_name
 _LARGEST = 256
 # Segments up to here make no difference to a kernel: it takes a tile of that size.
 _SHORT = 64
+# What begins elsewhere, compiled graphs copy.
+_ALIGNMENT = 16  # bytes
+# The keyword with the order of windows, and our name for its inverse.
+_ORDER, _INVERSE = "window_index", "window_index, inverse"
 # Up to so many patches, batches are rounded up to a multiple of the step beside it.
 _STEPS = ((4096, 256), (16384, 512), (65536, 2048))
 
@@ -67,6 +72,20 @@ class Frame:
     values: tuple[tuple[str, Any], ...]
     max_seqlen: tuple[tuple[str, int], ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of a block that holds all tensors."""
+        return sum(_room(shape, dtype) for _, shape, dtype in self.tensors)
+
+    def views(self, block: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, as views of a block (nbytes,) of uint8."""
+        found, begin = [], 0
+        for _, shape, dtype in self.tensors:
+            end = begin + prod(shape) * dtype.itemsize
+            found.append(block[begin:end].view(dtype).view(shape))
+            begin += _room(shape, dtype)
+        return tuple(found)
+
 
 @dataclass(frozen=True, eq=False)
 class Filled:
@@ -74,19 +93,44 @@ class Filled:
 
     Attributes:
         frame: its bucket.
-        tensors: by name, what differs from batch to batch, all on the tower's device, of the frame's shapes.
+        block: (frame.nbytes,) uint8 on the tower's device: what differs from batch to batch, so that one copy
+            brings it to a graph.
         lengths: for each kind of layer, patches per segment, empty ones included.
         structure: the keyword arguments, with the index of a tensor in the place of each tensor.
     """
 
     frame: Frame
-    tensors: tuple[Tensor, ...]
+    block: Tensor
     lengths: dict[str, tuple[int, ...]]
     structure: dict[str, Any]
 
-    def keywords(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-        """The keyword arguments over other tensors of the same shapes."""
-        return {name: _rebuild(value, tensors) for name, value in self.structure.items()}
+    def keywords(self, block: Tensor) -> dict[str, Any]:
+        """The keyword arguments, of tensors that are views of this block or of another."""
+        tensors = self.frame.views(block)
+        given = {name: _rebuild(value, tensors) for name, value in self.structure.items()}
+        if (inverse := given.pop(_INVERSE, None)) is not None:
+            given[_ORDER] = KnownOrder.of(given[_ORDER], inverse)
+        return given
+
+
+class KnownOrder(Tensor):
+    """A permutation whose argsort is known: towers sort it to undo it, and a graph would in each replay."""
+
+    known: Tensor
+
+    @classmethod
+    def of(cls, order: Tensor, inverse: Tensor) -> KnownOrder:
+        """`order` (n,) int64 as one, over the same memory; `inverse` (n,) says where each index went."""
+        found = order.as_subclass(cls)
+        found.known = inverse
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.argsort and len(args) == 1 and not kwargs:
+            return args[0].known
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def fill_up(plan: VisionPlan, *, max_seqlen: bool = False) -> Filled:
@@ -97,6 +141,8 @@ def fill_up(plan: VisionPlan, *, max_seqlen: bool = False) -> Filled:
         max_seqlen: whether the tower is to be given the longest segments, rounded up.
     """
     given: dict[str, Any] = {"grid_thw": plan.tensors["grid_thw"], **plan.keywords(max_seqlen=max_seqlen)}
+    if _ORDER in given:
+        given[_INVERSE] = plan.window_inverse
     lengths, most = {}, []
     for kind, cut in plan.segments.items():
         name, count = cu_seqlens_name(kind), rounded_up(len(cut))
@@ -115,13 +161,21 @@ def fill_up(plan: VisionPlan, *, max_seqlen: bool = False) -> Filled:
         tuple(values),
         tuple(most),
     )
-    return Filled(frame, tuple(tensor for _, tensor in found), lengths, structure)
+    block = torch.empty(frame.nbytes, dtype=torch.uint8, device=plan.device)
+    for place, (_, tensor) in zip(frame.views(block), found, strict=True):
+        place.copy_(tensor)
+    return Filled(frame, block, lengths, structure)
 
 
 def segments_of(filled: Filled, keywords: dict[str, Any]) -> Iterator[Segments]:
     """The cut for each kind of layer, for all batches of the frame."""
     for kind, most in filled.frame.max_seqlen:
         yield Segments.of_frame(keywords[cu_seqlens_name(kind)], filled.lengths[kind], most)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes from where one tensor begins to where the next does."""
+    return -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import itemgetter, methodcaller
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.modules import module as global_hooks
 
 from varlen_vision.tower.compiled_blocks import CompiledForward
 
+_VALUES, _TRAINING = methodcaller("values"), itemgetter("training")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
 
@@ -39,20 +41,31 @@ class Fingerprint:
         self._tensors = [
             table for module in modules for table in (module._parameters, module._buffers) if table
         ]
-        self._seen = self._look()
+        self._seen, self._places = self._look(), self._addresses()
 
     def holds(self) -> bool:
         """Whether nothing of it has changed since."""
+        return self.in_place() and self.same_modules()
+
+    def in_place(self) -> bool:
+        """Whether the weights lie where they lay, of modules that may have been replaced."""
+        return self._addresses() == self._places
+
+    def same_modules(self) -> bool:
+        """Whether modules, hooks, forwards and modes are what they were."""
         return self._look() == self._seen
 
     def _look(self) -> tuple[list[Any], ...]:
-        tensors = chain.from_iterable(table.values() for table in self._tensors)
         return (
-            list(map(id, chain.from_iterable(table.values() for table in self._children))),
-            list(map(id, chain.from_iterable(table.values() for table in (*self._hooks, *_GLOBAL)))),
-            [(own["training"], id(own.get("forward"))) for own in self._own],
-            [tensor.data_ptr() for tensor in tensors if tensor is not None],
+            list(map(id, chain.from_iterable(map(_VALUES, self._children)))),
+            list(map(id, chain.from_iterable(map(_VALUES, chain(self._hooks, _GLOBAL))))),
+            list(map(_TRAINING, self._own)),
+            [id(own.get("forward")) for own in self._own],
         )
+
+    def _addresses(self) -> list[int]:
+        tensors = chain.from_iterable(map(_VALUES, self._tensors))
+        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
 
 def _why_not(module: nn.Module) -> str | None:
