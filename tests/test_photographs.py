@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from transformers.utils import is_torchvision_available
 from varlen_vision.testing.checkpoints import write_checkpoint
 from varlen_vision.testing.photographs import (
     FILES,
+    SIZES,
     image_inputs,
+    main,
     photograph,
     photographs,
     video,
     video_inputs,
+    write_photographs,
 )
 from varlen_vision.testing.processors import load_processor
 
@@ -136,3 +140,25 @@ def test_agrees_with_the_video_processor_of_transformers(folder, processor):
     pixels, grid = video_inputs(processor, frames)
     assert torch.equal(grid, expected_grid)
     torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same each time, of every size; nothing is overwritten."""
+    main([str(tmp_path / "one"), "--count", "17"])
+    assert "17 photographs" in capsys.readouterr().out
+    written = write_photographs(tmp_path / "two", 17)
+    sizes = set()
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
+        with Image.open(path) as image:
+            image.load()
+            sizes.add(image.size)
+            assert f"{image.width}x{image.height}" in path.name
+    assert sizes == set(SIZES)
+    with pytest.raises(FileExistsError):
+        write_photographs(tmp_path / "two", 1)
+    with pytest.raises(ValueError, match="count is 0"):
+        write_photographs(tmp_path / "three", 0)
+    assert not (tmp_path / "three").exists()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "two"), "--count", "1"])

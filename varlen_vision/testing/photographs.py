@@ -1,10 +1,15 @@
 """Real photographs and moving pictures, and what a Qwen-VL processor makes of them.
 
 The photographs are those inside scikit-image's wheel, so nothing is downloaded.
+
+    python -m varlen_vision.testing.photographs FOLDER [--count N]
+
+writes N JPEG files of mixed sizes, cut from them, to try a batch job on.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +75,43 @@ def video(frames: int, width: int, height: int, name: str = "coffee") -> list[Im
         box = (left, top, left + width * zoom, top + height * zoom)
         shots.append(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
     return shots
+
+
+SIZES = ((448, 448), (640, 480), (1344, 896), (480, 640), (1280, 720), (672, 1008), (1008, 336), (896, 896))
+"""Width and height of `write_photographs`' files, in turn: pixels."""
+
+
+def write_photographs(folder: str | Path, count: int) -> list[Path]:
+    """JPEG files of mixed sizes in a new folder, the same for every call: each photograph, then crops of it.
+
+    Args:
+        folder: is made with its parents; nothing in it is overwritten.
+        count: how many. Neighbouring files show different photographs, each with every size of SIZES in turn.
+
+    Raises:
+        ValueError: count below 1.
+        FileExistsError: a file is there already.
+        ImportError, FileNotFoundError: as for `photographs`.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; expected 1 or more")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = list(photographs().items())
+    written = []
+    for index in range(count):
+        turn, which = divmod(index, len(taken))
+        name, image = taken[which]
+        width, height = SIZES[(which + turn) % len(SIZES)]
+        # From the whole picture on, a fifth less of it each turn, from its middle.
+        scale = min(image.width / width, image.height / height) * 0.8 ** (turn % len(SIZES))
+        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+        box = (left, top, left + width * scale, top + height * scale)
+        path = folder / f"{index:04d}_{name}_{width}x{height}.jpg"
+        with path.open("xb") as file:
+            image.resize((width, height), Image.Resampling.LANCZOS, box=box).save(file, "JPEG", quality=90)
+        written.append(path)
+    return written
 
 
 def image_inputs(processor: Any, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -153,3 +195,20 @@ def _open(name: str) -> Image.Image:
         raise ImportError("the photographs come with scikit-image: pip install varlen_vision[report]")
     with Image.open(Path(found.origin).parent / "data" / FILES[name]) as image:
         return image.convert("RGB")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m varlen_vision.testing.photographs")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=64)
+    options = parser.parse_args(arguments)
+    try:
+        written = write_photographs(options.folder, options.count)
+    except (ValueError, FileExistsError) as error:
+        parser.error(str(error))
+    print(f"{len(written)} photographs in {options.folder}")
+
+
+if __name__ == "__main__":
+    main()
