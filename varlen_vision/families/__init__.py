@@ -56,7 +56,7 @@ def register_family(
             `cu_seqlens` need not be read from the GPU (see varlen_vision.plan). Default: they are read.
         inputs: (tower's config) -> what else its forward works out from `grid_thw` with functions of
             transformers.vision_utils, and takes by name where it was worked out already (see
-            varlen_vision.plan.inputs). Default: the tower works them out.
+            varlen_vision.plan.inputs), or in methods of the names there. Default: the tower works them out.
 
     Returns:
         The new entry of `supported_families()`.

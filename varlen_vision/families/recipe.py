@@ -42,7 +42,7 @@ def recipe_of(config_or_model: Any) -> Recipe:
 def accepted_recipe(family: Family, tower: nn.Module) -> Recipe | None:
     """What the forward of this tower takes in place of working it out; None where it takes nothing.
 
-    Releases of transformers before 5.9 work everything out themselves.
+    Those of transformers before 5.9 take nothing by keyword; for these there is `method_recipe`.
     """
     config = getattr(tower, "config", None)
     layouts = family.layouts(config)
@@ -52,15 +52,29 @@ def accepted_recipe(family: Family, tower: nn.Module) -> Recipe | None:
     return Recipe(layouts, _taken(family.inputs(config), module), family.grid_on_host)
 
 
+def method_recipe(family: Family, tower: type[nn.Module] | None, config: Any) -> Recipe | None:
+    """What the methods of this class of towers work out; None where it has none that could be planned.
+
+    Towers of releases before 5.9 have them, and take nothing by keyword.
+    """
+    layouts = family.layouts(config)
+    inputs = tuple(
+        item.of_method()
+        for item in family.inputs(config)
+        if item.method is not None and inspect.isfunction(getattr(tower, item.method, None))
+    )
+    return Recipe(layouts, inputs, family.grid_on_host) if layouts and inputs else None
+
+
 def _of_model(model: nn.Module) -> Recipe:
     for module in model.modules():
         family = family_of_tower(module)
         if family is not None and family.modality == "vision":
-            return _made(family, getattr(module, "config", None), home_of(module))
+            return _made(family, getattr(module, "config", None), home_of(module), type(module))
     raise PlanError(f"{type(model).__name__} has no vision tower of a known family")
 
 
-def _made(family: Family, config: Any, home: str) -> Recipe:
+def _made(family: Family, config: Any, home: str, tower: type[nn.Module] | None = None) -> Recipe:
     """What the tower would take, or, where its release takes nothing, all that it works out."""
     layouts = family.layouts(config)
     if not layouts:
@@ -69,7 +83,10 @@ def _made(family: Family, config: Any, home: str) -> Recipe:
             "be planned; its tower works everything out itself"
         )
     module, inputs = importlib.import_module(home), family.inputs(config)
-    return Recipe(layouts, _taken(inputs, module) if _plannable(module) else inputs, family.grid_on_host)
+    if _plannable(module):
+        return Recipe(layouts, _taken(inputs, module), family.grid_on_host)
+    answered = method_recipe(family, tower or getattr(module, family.tower, None), config)
+    return answered or Recipe(layouts, inputs, family.grid_on_host)
 
 
 def _plannable(module: ModuleType) -> bool:

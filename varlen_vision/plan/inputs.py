@@ -3,6 +3,7 @@
 Each class here, and `Interpolation` beside them, stands for a function of transformers (5.9 and newer), which
 returns what it finds under its names among the keyword arguments in place of computing it. It does so once
 per image and frame with small operations; here that is a slice of a table (see varlen_vision.plan.pieces).
+In older releases some of them are methods of the tower.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class TowerInput:
         source: the function of transformers that takes them in place of computing them.
         returns_tuple: whether its annotation says that it returns a tuple, where releases differ in that.
         names: of the arrays, as that function calls them.
+        method: of towers in releases before 5.9, whose result follows from it; None where there was none.
     """
 
     source: ClassVar[str]
+    method: ClassVar[str | None] = None
     returns_tuple: ClassVar[bool | None] = None
     names: ClassVar[tuple[str, ...]]
 
@@ -59,6 +62,10 @@ class TowerInput:
     def fits(self, grids: Sequence[Grid]) -> bool:
         """Whether the tower itself could work this out for such a batch."""
         return True
+
+    def of_method(self) -> TowerInput:
+        """The same as `method` works it out, where that is another formula than `source`'s."""
+        return self
 
 
 def by_width(
@@ -108,6 +115,7 @@ class Positions(TowerInput):
     temporal: bool = False
 
     source = "get_vision_position_ids"
+    method = "rot_pos_emb"
     names = ("position_ids",)
 
     @property
@@ -141,6 +149,7 @@ class WindowOrder(TowerInput):
     layout: WindowLayout
 
     source = "get_vision_window_index"
+    method = "get_window_index"
     names = ("window_index",)
 
     @property

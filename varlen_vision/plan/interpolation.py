@@ -7,11 +7,12 @@ float32 operations, so that results are equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.inputs import TowerInput, band, by_width
@@ -33,6 +34,8 @@ class Interpolation(TowerInput):
         merge_size: units of so many patches squared follow each other.
         padding: taps outside of the table read its edge ('border') or count nothing ('zeros').
         transposed: patches are counted as if the image were as high as it is wide, and the reverse.
+        linspace: places by torch.linspace, as the method of releases before 5.9 has them; bilinear, with
+            aligned corners. They differ in the last bit.
     """
 
     side: int
@@ -41,8 +44,10 @@ class Interpolation(TowerInput):
     merge_size: int = 1
     padding: Literal["border", "zeros"] = "border"
     transposed: bool = False
+    linspace: bool = False
 
     source = "get_vision_interpolation_indices_and_weights"
+    method = "fast_pos_embed_interpolate"
     names = (
         "interp_row",
         "interp_column",
@@ -89,6 +94,9 @@ class Interpolation(TowerInput):
         ids[1] = column
         return ids.reshape(2, -1)
 
+    def of_method(self) -> Interpolation:
+        return replace(self, linspace=True)
+
     def keywords(self, arrays: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         row, column, row_taps, column_taps, row_weights, column_weights = (arrays[n] for n in self.names)
         indices = row_taps.index_select(0, row).add_(column_taps.index_select(0, column))
@@ -101,8 +109,11 @@ def _axes(item: Interpolation, sizes: Sequence[int]) -> tuple[Array, Array, Arra
 
     (sum of sizes, taps**2): int64 for rows and for columns, then float32 for rows and for columns.
     """
-    index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
-    taps, weights = _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
+    if item.linspace:
+        taps, weights = _linspaced(item, sizes)
+    else:
+        index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
+        taps, weights = _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
     return (*_products(taps * item.side, taps), *_products(weights, weights))
 
 
@@ -112,6 +123,17 @@ def _products(row: Array, column: Array) -> tuple[Array, Array]:
     rows, columns = np.empty(shape, row.dtype), np.empty(shape, column.dtype)
     rows[:], columns[:] = row[:, :, None], column[:, None, :]
     return rows.reshape(len(row), -1), columns.reshape(len(row), -1)
+
+
+def _linspaced(item: Interpolation, sizes: Sequence[int]) -> tuple[Array, Array]:
+    """What `_axis` gives, with the operations of `fast_pos_embed_interpolate`."""
+    last = item.side - 1
+    places = [torch.linspace(0, last, size, dtype=torch.float32, device="cpu") for size in sizes]
+    source = torch.cat(places).numpy()
+    floor = source.astype(np.int64)
+    distance = source - floor.astype(np.float32)
+    taps = np.stack((floor, np.minimum(floor + 1, last)), axis=1)
+    return taps, np.stack((1 - distance, distance), axis=1)
 
 
 def _axis(item: Interpolation, index: Array, size: Array) -> tuple[Array, Array]:

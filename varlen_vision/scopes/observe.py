@@ -141,10 +141,8 @@ def confirmed(recipe: Recipe, steps: list[Step]) -> tuple[Recipe | None, list[st
 
     Compared on the host, element by element, for images and a video of several sizes.
     """
-    unit = recipe.merge_size
-    images = [(1, 5 * unit, 6 * unit), (1, unit, unit), (1, 9 * unit, 2 * unit), (1, 24 * unit, 17 * unit)]
     wrong: set[str] = set()
-    for grids in (images, [(3, 3 * unit, 5 * unit)]):
+    for grids in proof_grids(recipe.merge_size):
         wrong |= _different(recipe, steps, grids)
     if "cu_seqlens" in wrong:
         return None, sorted(wrong)
@@ -152,6 +150,12 @@ def confirmed(recipe: Recipe, steps: list[Step]) -> tuple[Recipe | None, list[st
         return None, sorted(wrong)
     kept = tuple(item for item in recipe.inputs if not wrong & set(item.keyword_names))
     return replace(recipe, inputs=kept), sorted(wrong)
+
+
+def proof_grids(unit: int) -> tuple[list[Grid], list[Grid]]:
+    """Images and a video of several sizes, in merge units of `unit` squared patches."""
+    images = [(1, 5 * unit, 6 * unit), (1, unit, unit), (1, 9 * unit, 2 * unit), (1, 24 * unit, 17 * unit)]
+    return images, [(3, 3 * unit, 5 * unit)]
 
 
 def _different(recipe: Recipe, steps: list[Step], grids: list[Grid]) -> set[str]:
@@ -165,9 +169,12 @@ def _different(recipe: Recipe, steps: list[Step], grids: list[Grid]) -> set[str]
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether both are the same numbers of the same type."""
+    """Whether both are the same numbers of the same type, on the same device."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, tuple) and isinstance(other, tuple):
+        same = one.dtype == other.dtype and one.device == other.device and one.shape == other.shape
+        return same and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)

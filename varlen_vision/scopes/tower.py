@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from varlen_vision.errors import PlanError
 from varlen_vision.families import Family
-from varlen_vision.families.recipe import accepted_recipe, home_of
+from varlen_vision.families.recipe import accepted_recipe, home_of, method_recipe
 from varlen_vision.plan import Layout, Recipe, plan_lengths, read_rows
+from varlen_vision.scopes.answers import MethodAnswers
 from varlen_vision.scopes.masks import no_mask, replace_mask
 from varlen_vision.scopes.observe import Observation, confirmed, current_observation
 from varlen_vision.segments import SegmentReader
@@ -35,9 +36,9 @@ def scope_of(tower: nn.Module) -> TowerScope | None:
 class TowerScope:
     """Tells a tower's SegmentReader when a forward starts and ends, and plans the forward.
 
-    Where the tower takes what follows from the grids by keyword, it is given a VisionPlan's; where it does
-    not, the reader knows what lengths to expect. Where it would make a dense mask for its layers, it is kept
-    from it.
+    Where the tower takes what follows from the grids by keyword, it is given a VisionPlan's; where it works
+    that out in methods, these answer from the plan; where it does neither, the reader knows what lengths to
+    expect. Where it would make a dense mask for its layers, it is kept from it.
     """
 
     def __init__(self, tower: nn.Module, family: Family, reader: SegmentReader) -> None:
@@ -47,6 +48,7 @@ class TowerScope:
         known = any(map(family.is_tower, type(tower).__mro__))  # else it only stands for one
         self.layouts: dict[str, Layout] = dict(family.layouts(config)) if known else {}
         self.accepted = accepted_recipe(family, tower) if known else None
+        self.answers = _answers(family, tower, config) if known and self.accepted is None else None
         self.tower = tower
         self.parameters = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.handles = [
@@ -74,6 +76,8 @@ class TowerScope:
         for handle in self.handles:
             handle.remove()
         _end_stale()
+        if self.answers is not None:
+            self.answers.remove()
         self.tower.__dict__.pop(_KEY, None)
         self.tower.__dict__.pop(_MASK_METHOD, None)
 
@@ -101,22 +105,25 @@ class TowerScope:
                 raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
             self.reader.begin_forward()
             return args, kwargs
-        if plan is not None and self.accepted is None:
-            raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
-        pixels = next(value for value in given.values() if isinstance(value, Tensor))
         recipe = self.recipe
-        if self.accepted is not None:
-            wanted = recipe or self.accepted
-            if plan is None:
-                plan = plan_rows(read_rows(grid_thw), wanted, pixels.device)
-            else:
-                plan.check_batch(grid_thw, wanted)
-                plan = plan.to(pixels.device)
-        if plan is None:
+        wanted = recipe or self.accepted or (None if self.answers is None else self.answers.recipe)
+        if wanted is None:
+            if plan is not None:
+                raise PlanError(self._why_no_plan(plan, grid_thw, segments_given))
             known = self.layouts and grid_thw.ndim == 2
             self.reader.begin_forward(plan_lengths(read_rows(grid_thw), self.layouts) if known else None)
             return args, kwargs
+        pixels = next(value for value in given.values() if isinstance(value, Tensor))
+        if plan is None:
+            plan = plan_rows(read_rows(grid_thw), wanted, pixels.device)
+        else:
+            plan.check_batch(grid_thw, wanted)
+            plan = plan.to(pixels.device)
         plan.check_patches(pixels)
+        if self.answers is not None:
+            self.reader.begin_forward(plan.lengths)
+            self.answers.begin(grid_thw, plan)
+            return args, kwargs
         if recipe is None:
             self.reader.begin_forward(plan.lengths)
             args, kwargs = self._replaced(args, kwargs, grid_thw=grid_thw.to(pixels.device))
@@ -135,6 +142,8 @@ class TowerScope:
 
     def _confirm(self, finished: bool) -> None:
         """After an observed forward: trust what was seen to be equal, and warn of what was not."""
+        if self.answers is not None:
+            self._warn(self.answers.end(finished))
         observation = current_observation()
         if observation is None or observation.owner is not self or self.accepted is None:
             return
@@ -143,11 +152,14 @@ class TowerScope:
             return  # a forward that failed, or of which nothing was seen, shows nothing
         recipe, wrong = confirmed(self.accepted, steps)
         _CONFIRMED[type(self.tower), self.accepted] = recipe
+        self._warn(wrong)
+
+    def _warn(self, wrong: list[str]) -> None:
         if wrong:
             warnings.warn(
                 f"{type(self.tower).__name__} works out {', '.join(wrong)} otherwise than planned for "
                 f"{self.family.label}; it goes on to do so itself, which costs host stops",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _replaced(
@@ -174,7 +186,7 @@ class TowerScope:
         name = type(self.tower).__name__
         if segments_given:
             return f"vision_plan={plan!r} and cu_seqlens were both given to {name}; give one of them"
-        if self.accepted is None:
+        if self.accepted is None and self.answers is None:
             return (
                 f"vision_plan={plan!r} was given to {name}, whose forward works out everything itself in the "
                 "installed transformers, or whose segments do not follow from its grids; leave it out"
@@ -185,6 +197,11 @@ class TowerScope:
     def _end(self, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._confirm(finished=output is not None)
         self.reader.end_forward()
+
+
+def _answers(family: Family, tower: nn.Module, config: Any) -> MethodAnswers | None:
+    recipe = method_recipe(family, type(tower), config)
+    return None if recipe is None else MethodAnswers(tower, recipe)
 
 
 def _end_stale() -> None:
