@@ -60,7 +60,6 @@ bench-gpu:  ## the fast tower of Qwen2.5-VL on a CUDA GPU against its floor and 
 # The notice is of the end of mkdocs-material's support in 2027, and no warning of the build.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/.installed  ## the documentation as a site, in site/index.html; any warning is an error
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
 clean:

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", "ruff"]
 TEST = ["hypothesis", "psutil", "pyarrow", "pytest", "pytest-xdist", "scikit-image"]
 
 setup(
@@ -33,7 +34,7 @@ setup(
         "typer",
     ],
     extras_require={
-        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", "ruff"],
+        "docs": DOCS,
         "flash": ["flash-attn>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b0"],
         "parquet": ["pyarrow>=15"],
@@ -41,12 +42,12 @@ setup(
         "test": TEST,
         "dev": [
             *TEST,
+            *DOCS,
             "mypy",
             "nox",
             "peft",
             "playwright",
             "pre-commit",
-            "ruff",
             "torchao",
             "triton; sys_platform == 'linux'",
         ],

@@ -21,6 +21,20 @@ FETCHED = re.compile(
 )
 
 
+def test_the_tools_are_pinned() -> None:
+    """So that a release of theirs turns nothing red here by itself."""
+    files = (REPOSITORY / "constraints").glob("transformers-*.txt")
+    newest = max(files, key=lambda path: [int(part) for part in path.stem.split("-")[1].split(".")])
+    pinned = {line.partition("==")[0] for line in newest.read_text(encoding="utf-8").splitlines()}
+    assert {
+        "mkdocs",
+        "mkdocs-material",
+        "mkdocstrings",
+        "mkdocstrings-python",
+        "pymdown-extensions",
+    } <= pinned
+
+
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install -e '.[docs]'")
 def test_strict_build(tmp_path: Path) -> None:
     site = tmp_path / "site"
