@@ -80,7 +80,8 @@ def encode_images(
         model: a tower, as of `load_model(..., vision_only=True)`, or a whole vision-language model; swapped
             or not. Dropout, if there is any, is as in its mode: call `eval()` first.
         images: paths, PIL images of any mode, or arrays and tensors of (H, W, 3) or (3, H, W), uint8 or
-            floating point of 0 to 255; may be a generator.
+            floating point of 0 to 255; may be a generator. They become RGB as in batch jobs: transparency
+            is laid on white, 16 bits are scaled to 8, and files are turned as their camera says.
         processor: an image processor, or a processor that has one; default: that of the checkpoint that
             `model` was loaded from, by its `name_or_path` (main revision, usual cache).
         max_patches: most patches, before merging, of one forward. An image that has more runs alone.
