@@ -10,10 +10,11 @@ import torch
 import typer
 from rich.console import Console
 
-from varlen_vision.compare.command import BUDGETS, DEFAULT_DTYPES, WIDTH, Bar
+from varlen_vision.compare.command import BUDGETS, DEFAULT_DTYPES, WIDTH
 from varlen_vision.compare.padded import CASES, SIZES, Settings, compare, tables
 from varlen_vision.compare.run import DTYPES
 from varlen_vision.errors import VarlenVisionError
+from varlen_vision.progress import Bar
 
 
 def main(

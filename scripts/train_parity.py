@@ -18,12 +18,13 @@ import transformers
 import typer
 from rich.console import Console
 
-from varlen_vision.compare.command import WIDTH, Bar
+from varlen_vision.compare.command import WIDTH
 from varlen_vision.compare.run import DTYPES
 from varlen_vision.compare.training import Settings, train
 from varlen_vision.compare.training_plot import draw
 from varlen_vision.compare.training_results import Training
 from varlen_vision.errors import VarlenVisionError
+from varlen_vision.progress import Bar
 
 # On the CPU `auto` rounds exactly as the original does, so one that rounds otherwise is trained beside it.
 KERNELS = {"cpu": ("auto", "reference"), "cuda": ("auto",)}

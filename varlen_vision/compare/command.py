@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
-import rich.progress
 import torch
 import transformers
 import typer
@@ -21,6 +19,7 @@ from varlen_vision.compare.run import DTYPES, Settings, known_workloads
 from varlen_vision.compare.run import compare as run
 from varlen_vision.compare.tables import markdown, sheets
 from varlen_vision.errors import VarlenVisionError
+from varlen_vision.progress import Bar
 
 # Seconds per path and workload. On a CPU a dense mask takes seconds a call.
 BUDGETS = {"cpu": 5.0, "cuda": 10.0}
@@ -156,35 +155,3 @@ def check_device(device: str) -> None:
         raise typer.BadParameter(f"unknown device {device!r}; known: {', '.join(BUDGETS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device 'cuda': this PyTorch finds no CUDA GPU; use --device cpu")
-
-
-class Bar:
-    """A progress bar on standard error."""
-
-    def __init__(self) -> None:
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("loading", total=None)
-
-    def expect(self, steps: int) -> None:
-        """Show `steps` as the total."""
-        self._bar.update(self._task, total=steps)
-
-    def step(self, label: str) -> None:
-        """Show that `label` has started."""
-        self._bar.update(self._task, description=label, advance=1)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 from torch._C._autograd import DeviceType
-from torch.profiler import record_function
 
 from varlen_vision.compare.profiling import FORWARD, Event
+from varlen_vision.compare.wrap import ranged, replaced
 from varlen_vision.kernels.sdpa_mask import MASK_RANGE
 from varlen_vision.tower.blocks import vision_blocks
 
@@ -72,22 +71,9 @@ def _kind_of(module: nn.Module, is_attention: bool) -> str:
 @contextmanager
 def ranges(modules: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     """Put a range of the profiler, named after its kind, around the forward of each module."""
-    open_ranges: list[record_function] = []
-
-    def enter(kind: str) -> Any:
-        def hook(*_: Any) -> None:
-            open_ranges.append(record_function(PREFIX + kind))
-            open_ranges[-1].__enter__()  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
     with ExitStack() as stack:
         for module, kind in modules:
-            stack.callback(module.register_forward_pre_hook(enter(kind)).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(replaced(module, "forward", ranged(PREFIX + kind)))
         yield
 
 

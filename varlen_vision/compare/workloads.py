@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from varlen_vision.compare.errors import CompareError
+from varlen_vision.errors import ImageError
+from varlen_vision.images import open_file
 from varlen_vision.plan import Grid
 from varlen_vision.testing.photographs import FILES, image_inputs, photograph, video, video_inputs
 
@@ -136,17 +137,13 @@ def folder_workload(folder: Path, processor: Any) -> Workload:
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not paths:
         raise CompareError(f"workload folder {str(folder)!r} has no files; expected images")
-    features = processor(images=[_read(path) for path in paths], return_tensors="pt")
+    try:
+        images = [open_file(path, index) for index, path in enumerate(paths)]
+    except ImageError as error:
+        raise CompareError(f"workload folder {str(folder)!r}: {error}") from error
+    features = processor(images=images, return_tensors="pt")
     description = f"{len(paths)} images of the folder {folder.name}"
     return Workload(folder.name, description, features["pixel_values"], features["image_grid_thw"])
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-        raise CompareError(f"{str(path)!r} is not a readable image: {error}") from error
 
 
 def grids_of(sizes: Iterable[Size], patch: int, merge: int) -> list[Grid]:

@@ -1,40 +1,32 @@
-"""The progress bar of a job: on standard error, of the first process of a machine."""
+"""The progress bar of a job: of the first process of a machine, counting what all processes have done."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
-import rich.progress
-from rich.console import Console
+from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from varlen_vision.jobs.journal import Journals
+from varlen_vision.progress import Bar
 
 # Seconds between looks into the journals of other processes.
 _EVERY = 1.0
 
 
-class Progress:
-    """Counts what is done by all processes."""
+class Progress(Bar):
+    """Counts the lines of journals."""
 
-    def __init__(self, total: int, journals: Journals, *, shown: bool) -> None:
-        self._journals = journals
+    def __init__(self, total: int, *, shown: bool) -> None:
+        failed = TextColumn("{task.fields[failed]} failed", markup=False)
+        columns = (failed, TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(total, more=columns, shown=shown, stays=True, failed=0)
+        self._journals: Journals | None = None
         self._next = 0.0
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[failed]} failed", markup=False),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
-        self._task = self._bar.add_task("loading", total=total, failed=0)
 
-    def describe(self, what: str) -> None:
-        """Show what is happening."""
-        self._bar.update(self._task, description=what)
+    def follow(self, journals: Journals) -> None:
+        """Count from these, from now on."""
+        self._journals = journals
+        self.look_now()
 
     def look(self) -> None:
         """Show how far all are, if it is some time ago."""
@@ -45,15 +37,7 @@ class Progress:
 
     def look_now(self) -> None:
         """Show how far all are."""
+        if self._journals is None:
+            return
         self._journals.refresh()
-        failed = sum(self._journals.failed().values())
-        self._bar.update(self._task, completed=len(self._journals.errors), failed=failed)
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self.show(len(self._journals.errors), failed=len(self._journals.failures()))

@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from varlen_vision.compare.command import DEFAULT_DTYPES, Bar, check_device
+from varlen_vision.compare.command import DEFAULT_DTYPES, check_device
 from varlen_vision.compare.run import DTYPES
 from varlen_vision.errors import VarlenVisionError
 from varlen_vision.profiling.routes import known
 from varlen_vision.profiling.run import WIDTH, profile_model
+from varlen_vision.progress import Bar
 
 
 def profile(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from varlen_vision.profiling.wrap import replaced
+from varlen_vision.compare.wrap import replaced
 from varlen_vision.tower.compiled_blocks import is_compiled
 from varlen_vision.tower.graphs import GraphedTower
 

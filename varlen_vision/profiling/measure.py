@@ -27,10 +27,10 @@ from varlen_vision.compare.profiling import (
     record_forward,
     warm_up,
 )
+from varlen_vision.compare.wrap import replaced
 from varlen_vision.profiling.operations import ASKED, DOWN, READS, SIZES, UP, WAITING
 from varlen_vision.profiling.report import Wait
 from varlen_vision.profiling.source import NOWHERE, Place, here
-from varlen_vision.profiling.wrap import replaced
 
 _MESSAGE = "called a synchronizing CUDA operation"
 # On the timeline: where an operation that waited has just returned, and around a wait asked for by name.

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from varlen_vision.attention import VarlenAttention
+from varlen_vision.compare.wrap import Wrap, ranged, replaced
 from varlen_vision.kernels import KERNELS
 from varlen_vision.kernels.sdpa_mask import MASK_RANGE
 from varlen_vision.profiling.compiled import around_compiled, compiled_modules, is_graphed, unseen
 from varlen_vision.profiling.labels import Labels
 from varlen_vision.profiling.modules import attention_modules, implementation, mlp_modules
-from varlen_vision.profiling.wrap import replaced
 from varlen_vision.scopes import scope_of
 
 PLAN = "varlen_vision::plan"
@@ -37,8 +37,6 @@ MLP = "varlen_vision::mlp"
 # What towers call the methods that work out what follows from the grids; functions are known by their start.
 _PLANS = frozenset({"rot_pos_emb", "get_window_index", "fast_pos_embed_interpolate"})
 _PLAN_FUNCTIONS = "get_vision_"
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @contextmanager
@@ -63,9 +61,9 @@ def _sites(
         if isinstance(module, VarlenAttention):
             yield module, "forward", _attention(labels, kernels, module.kernel)
         else:
-            yield module, "forward", _ranged(_attention_name(implementation(name, model)))
+            yield module, "forward", ranged(_attention_name(implementation(name, model)))
     for module in mlp_modules(model).values():
-        yield module, "forward", _ranged(MLP)
+        yield module, "forward", ranged(MLP)
     planned = False
     for name, module in model.named_modules():
         graphed = any(is_graphed(other) for path, other in hidden.items() if unseen([path], name))
@@ -73,7 +71,7 @@ def _sites(
             continue
         if (scope := scope_of(module)) is not None:
             planned = True
-            yield scope, "_plan", _ranged(PLAN)
+            yield scope, "_plan", ranged(PLAN)
         if not unseen(hidden, name):
             yield from _methods(module, labels)
     for home in _homes(model):
@@ -100,7 +98,7 @@ def _functions(home: ModuleType, labels: Labels, plans: bool) -> Iterator[tuple[
         if not isinstance(value, FunctionType):
             continue
         if plans and name.startswith(_PLAN_FUNCTIONS):
-            yield home, name, _ranged(PLAN)
+            yield home, name, ranged(PLAN)
         elif _makes_masks(name):
             yield home, name, _mask(labels)
 
@@ -111,7 +109,7 @@ def _methods(module: nn.Module, labels: Labels) -> Iterator[tuple[Any, str, Wrap
         if not inspect.isfunction(getattr(value, "__func__", value)) or name in vars(module):
             continue
         if name in _PLANS:
-            yield module, name, _ranged(PLAN)
+            yield module, name, ranged(PLAN)
         elif _makes_masks(name):
             yield module, name, _mask(labels)
 
@@ -122,17 +120,6 @@ def _makes_masks(name: str) -> bool:
 
 def _attention_name(kernel: str) -> str:
     return f"varlen_vision::attention[{kernel}]"
-
-
-def _ranged(label: str) -> Wrap:
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with record_function(label):
-                return function(*args, **kwargs)
-
-        return run
-
-    return wrap
 
 
 def _attention(labels: Labels, kernels: list[list[str]], asked: str) -> Wrap:

@@ -20,7 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from varlen_vision.errors import LoadError
 from varlen_vision.families import family_of_tower
-from varlen_vision.images import open_image
+from varlen_vision.images import open_file
 from varlen_vision.loading import load_model
 from varlen_vision.profiling.errors import ProfileError
 from varlen_vision.scopes import scope_of
@@ -167,9 +167,8 @@ def _pictures(images: Sequence[Path]) -> tuple[list[Any], str]:
         width, height = PICTURE
         return [_made_picture(width, height)], f"one made-up picture of {width}x{height}"
     files = [file for path in images for file in _files(path)]
-    opened = [open_image(file, index) for index, file in enumerate(files)]
-    rgb = [image.convert("RGB") if isinstance(image, Image.Image) else image for image in opened]
-    return rgb, f"{len(files)} image{'s' if len(files) > 1 else ''}"
+    opened = [open_file(file, index) for index, file in enumerate(files)]
+    return opened, f"{len(files)} image{'s' if len(files) > 1 else ''}"
 
 
 def _files(path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from varlen_vision import segments
+from varlen_vision.compare.wrap import replaced
 from varlen_vision.errors import VarlenVisionError
 from varlen_vision.profiling import compiled
 from varlen_vision.profiling.measure import measure
@@ -17,7 +18,6 @@ from varlen_vision.profiling.modules import attention_modules
 from varlen_vision.profiling.report import WaitReport, by_line
 from varlen_vision.profiling.source import module_names
 from varlen_vision.profiling.watch import Watch
-from varlen_vision.profiling.wrap import replaced
 
 
 def host_waits(

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from varlen_vision.compare.wrap import replaced
 from varlen_vision.profiling.operations import (
     DOWN,
     FACTORIES,
@@ -31,7 +32,6 @@ from varlen_vision.profiling.operations import (
 )
 from varlen_vision.profiling.report import Square, Wait
 from varlen_vision.profiling.source import Place, here
-from varlen_vision.profiling.wrap import replaced
 
 # What the host reads without an operation of PyTorch where the tensor is in its memory anyway.
 _READ_WHOLE = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})

@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from varlen_vision.compare.command import DEFAULT_DTYPES, WIDTH, Bar, check_device
+from varlen_vision.compare.command import DEFAULT_DTYPES, WIDTH, check_device
 from varlen_vision.compare.run import DTYPES
 from varlen_vision.errors import CostError
 from varlen_vision.kernels.costs import Costs, device_name
 from varlen_vision.kernels.costs.files import VARIABLE, save, user_path
 from varlen_vision.kernels.table import forget_choices
+from varlen_vision.progress import Bar
 from varlen_vision.tune.measure import QUICK, Extent, kernels_here, measure
 
 # On a CPU longer ones would take minutes, and only one kernel is left to `auto`.

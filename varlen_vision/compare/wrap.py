@@ -1,19 +1,38 @@
-"""Put something in the place of a function or a method for a while, and the very same object back."""
+"""Put something in the place of a function or a method for a while, and the very same object back.
+
+With `ranged` that is a range of the profiler: so `compare` divides time by kind of work, and `profile` names
+what is on the timeline.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch.profiler import record_function
 
 _ABSENT = object()
 
+Function: TypeAlias = Callable[..., Any]
+Wrap: TypeAlias = Callable[[Function], Function]
 
-Function = Callable[..., Any]
+
+def ranged(label: str) -> Wrap:
+    """What puts a range called `label` around each call."""
+
+    def wrap(function: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(label):
+                return function(*args, **kwargs)
+
+        return run
+
+    return wrap
 
 
 @contextmanager
-def replaced(owner: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
+def replaced(owner: Any, name: str, wrap: Wrap) -> Iterator[None]:
     """Let `owner.name` be `wrap(owner.name)`.
 
     Args:
