@@ -15,8 +15,9 @@ from varlen_vision import attention_report
 from varlen_vision.jobs.encode import Encode, EncodeModel
 from varlen_vision.jobs.infer import Infer
 from varlen_vision.jobs.items import Item
+from varlen_vision.jobs.options import Options
 from varlen_vision.jobs.prepared import Prepared
-from varlen_vision.jobs.run import Options, run
+from varlen_vision.jobs.run import run
 from varlen_vision.testing.checkpoints import write_checkpoint
 from varlen_vision.testing.photographs import photograph
 

@@ -17,9 +17,10 @@ from varlen_vision.jobs.formats import Parquet, Safetensors
 from varlen_vision.jobs.items import Item
 from varlen_vision.jobs.job import Result
 from varlen_vision.jobs.merge import Layout
+from varlen_vision.jobs.options import Ended, Options
 from varlen_vision.jobs.plan import Resizing
 from varlen_vision.jobs.prepared import Packed, Prepared
-from varlen_vision.jobs.run import Ended, Options, run
+from varlen_vision.jobs.run import run
 
 LAYOUTS: dict[str, Callable[[], Layout]] = {
     "jsonl": lambda: Layout("results.jsonl", None),

@@ -15,8 +15,8 @@ from varlen_vision.compare.machine import describe_machine
 from varlen_vision.jobs import compare as comparison
 from varlen_vision.jobs.compare import Outcome, compare, table
 from varlen_vision.jobs.job import Result
+from varlen_vision.jobs.options import Options
 from varlen_vision.jobs.prepared import Prepared
-from varlen_vision.jobs.run import Options
 
 
 class Answers(Widths):

@@ -39,7 +39,7 @@ class Killer:
         return self
 
 
-def in_child(job: Fake, folder: Path, output: Path, at: int | None) -> tuple[int, int]:
+def in_child(job: Fake, folder: Path, output: Path, at: int | None, **options: Any) -> tuple[int, int]:
     """Run it in a process of its own; the signal that ended it, and how many lines it ran."""
     read, write = os.pipe()
     child = os.fork()
@@ -48,7 +48,7 @@ def in_child(job: Fake, folder: Path, output: Path, at: int | None) -> tuple[int
         status = 1
         try:
             sys.settrace(killer)
-            do(job, folder, output)
+            do(job, folder, output, **options)
             sys.settrace(None)
             os.write(write, str(killer.count).encode())
             status = 0

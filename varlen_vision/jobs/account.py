@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from varlen_vision.jobs.files import Appender
+from varlen_vision.jobs.files import Appender, write_json
 from varlen_vision.jobs.journal import lines
 from varlen_vision.jobs.prepared import Load
 
@@ -50,6 +50,7 @@ class Account:
         wall: seconds of work, from the first item to the last, without loading.
         seconds: by what for; those of worker processes pass beside the others.
         errors: items that failed, by kind.
+        retried, mended: items that had failed and were done again, and those of them that no longer do.
         batches: steps of the model.
         split: batches that did not fit in memory.
         worker_deaths: worker processes found dead.
@@ -67,6 +68,8 @@ class Account:
     wall: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
+    retried: int = 0
+    mended: int = 0
     batches: int = 0
     split: int = 0
     worker_deaths: int = 0
@@ -83,6 +86,18 @@ class Account:
     def add(self, seconds: Mapping[str, float]) -> None:
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    def write(self, path: Path, *, worked: bool) -> None:
+        """Keep it as JSON; of a process that did nothing only what became of the items, beside what is there.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        value = asdict(self)
+        if not worked and path.exists():
+            items = {name: value[name] for name in ("done", "failed", "left", "errors")}
+            value = json.loads(path.read_text(encoding="utf-8")) | items
+        write_json(path, value)
 
     def table(self) -> Table:
         """For people."""
@@ -112,6 +127,8 @@ class Account:
             text.append(
                 "failed: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.errors.items()))
             )
+        if self.retried:
+            text.append(f"done again after failing: {self.retried}; fail no longer: {self.mended}")
         if self.split:
             text.append(
                 f"{self.split} batches ran out of memory and were split; a smaller --token-budget avoids it"

@@ -21,7 +21,8 @@ from varlen_vision.jobs.encode import Encode
 from varlen_vision.jobs.infer import Infer
 from varlen_vision.jobs.job import Job
 from varlen_vision.jobs.launch import Launch
-from varlen_vision.jobs.run import Ended, Options, default_workers, run
+from varlen_vision.jobs.options import Ended, Options, default_workers
+from varlen_vision.jobs.run import run
 
 UNUSABLE, ITEM_ERRORS, NOT_WRITTEN = 2, 3, 4
 """Exit status, beside 0: all done. Stopped by a signal: 128 and its number (Ctrl-C 130, SIGTERM 143)."""
@@ -53,6 +54,10 @@ Shard = Annotated[float, typer.Option(min=0.001, help="Size of a Parquet or safe
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --output, or join others that are at it.")
 ]
+Retry = Annotated[
+    bool,
+    typer.Option("--retry-failed", help="As --resume; then what had failed before is done again."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run in --output first.")]
 Lease = Annotated[
     float, typer.Option(min=1, help="Seconds until a silent process of another machine is taken for dead.")
@@ -78,6 +83,7 @@ def infer(
     shard_mb: Shard = 64,
     max_image_pixels: Pixels = MAX_PIXELS,
     resume: Resume = False,
+    retry_failed: Retry = False,
     overwrite: Overwrite = False,
     lease_seconds: Lease = leases.EXPIRE,
     compare: Annotated[
@@ -103,6 +109,7 @@ def infer(
         round(shard_mb * 1e6),
         resume,
         overwrite,
+        retry_failed,
         lease_seconds,
     )
 
@@ -134,6 +141,7 @@ def encode(
     shard_mb: Shard = 512,
     max_image_pixels: Pixels = MAX_PIXELS,
     resume: Resume = False,
+    retry_failed: Retry = False,
     overwrite: Overwrite = False,
     lease_seconds: Lease = leases.EXPIRE,
 ) -> None:
@@ -153,6 +161,7 @@ def encode(
         round(shard_mb * 1e6),
         resume,
         overwrite,
+        retry_failed,
         lease_seconds,
     )
 
@@ -227,6 +236,8 @@ def report(ended: Ended, options: Options) -> None:
         lines.append("stopped; run it again with --resume")
     else:
         lines.append(f"results: {options.output}")
+        if account.failed:
+            lines.append("what failed stays so; run it again with --retry-failed to do it again")
     for line in lines:
         console.print(line, markup=False, highlight=False)
 

@@ -17,7 +17,8 @@ from varlen_vision.jobs.files import write_json
 from varlen_vision.jobs.folder import RUN
 from varlen_vision.jobs.job import Job
 from varlen_vision.jobs.launch import Launch
-from varlen_vision.jobs.run import Ended, Options, results, run
+from varlen_vision.jobs.options import Ended, Options
+from varlen_vision.jobs.run import results, run
 
 # Items that go through each path before its time is taken.
 WARM = 16
@@ -47,12 +48,13 @@ def compare(
     Writes `compare.json` beside them. Stops where a run was stopped.
 
     Raises:
-        JobError: a path twice, a resume, whose times would be those of a part, or runs in the way.
+        JobError: a path twice, a resume or retry, whose times would be those of a part, or runs in the way.
     """
     if len(set(paths)) < len(paths) or not all(paths):
         raise JobError(f"--compare {','.join(paths)}: expected different paths, such as sdpa,varlen")
-    if options.resume:
-        raise JobError("--compare times whole runs, so --resume does not go with it; --overwrite begins anew")
+    if options.resume or options.retry_failed:
+        asked = "--resume" if options.resume else "--retry-failed"
+        raise JobError(f"--compare times whole runs, so {asked} does not go with it; --overwrite begins anew")
     there = [path for path in paths if (options.output / path / RUN).exists()]
     if there and not options.overwrite:
         raise JobError(

@@ -58,12 +58,16 @@ class Engine:
         budget: int,
         progress: Callable[[], None],
         device: torch.device,
+        account: Account,
+        *,
+        patient: bool,
     ) -> None:
-        self.account = Account()
+        """With `patient`, a job of which nothing goes through does not end for that."""
+        self.account = account
         self._model, self._pool, self._work, self._store = model, pool, work, store
         self._times, self._costs, self._budget, self._progress = times, costs, budget, progress
         self._watch, self._device = Stopwatch(), device
-        self._refused = 0
+        self._refused, self._patient = 0, patient
 
     def run(self, stop: Callable[[], bool]) -> bool:
         """True where all work is done; False where it was stopped."""
@@ -83,7 +87,7 @@ class Engine:
         finally:
             self.account.add(self._watch.seconds)
             self.account.worker_deaths = self._pool.deaths
-            self.account.taken_over = self._work.taken_over
+            self.account.taken_over += self._work.taken_over
             if self._device.type == "cuda":
                 self.account.peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
 
@@ -141,10 +145,11 @@ class Engine:
     def _doubt(self, failed: Failed) -> None:
         """End a job of which nothing goes through: its model and its input do not fit."""
         self._refused += failed.kind == "model"
-        if not self.account.batches and self._refused >= _HOPELESS:
+        if not self._patient and not self.account.batches and self._refused >= _HOPELESS:
             raise RuntimeError(
                 f"the first {self._refused} items all failed in the model, {failed.item.id!r} with "
-                f"{failed.message!r}, and none went through; mend that, then begin anew with --overwrite"
+                f"{failed.message!r}, and none went through; mend that, then go on with --retry-failed, "
+                "which does these again too; with other settings begin anew with --overwrite"
             )
 
     def _fail(self, failed: Failed) -> None:

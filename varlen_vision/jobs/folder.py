@@ -5,6 +5,7 @@ plan.json     the items, cut into chunks
 journal/      result lines as they come, one file per process
 times/        what batches took, one file per process
 claims/ done/ workers/    who does what (see `leases`)
+retries/ merged/    what is done again, and which lines the results are of (see `rounds`)
 shards/       features, or rows as Parquet
 results.jsonl, index.jsonl    put together when all is done
 """
@@ -26,6 +27,7 @@ from varlen_vision.jobs.launch import Launch
 
 RUN, PLAN = "run.json", "plan.json"
 JOURNAL, TIMES, SHARDS = "journal", "times", "shards"
+RETRIES, MERGED = "retries", "merged"
 # Seconds that the other processes of a launch wait for the first to begin the run.
 _WAIT = 300.0
 
@@ -55,6 +57,14 @@ class Folder:
     @property
     def shards(self) -> Path:
         return self.path / SHARDS
+
+    @property
+    def retries(self) -> Path:
+        return self.path / RETRIES
+
+    @property
+    def merged(self) -> Path:
+        return self.path / MERGED
 
 
 def open_run(
@@ -121,7 +131,7 @@ def _begin(folder: Folder, settings: Mapping[str, Any], launch: Launch) -> None:
 
 
 def _make_folders(path: Path) -> None:
-    for name in (JOURNAL, TIMES, SHARDS, *leases.FOLDERS):
+    for name in (JOURNAL, TIMES, SHARDS, RETRIES, MERGED, *leases.FOLDERS):
         (path / name).mkdir(parents=True, exist_ok=True)
 
 
@@ -153,8 +163,10 @@ def _remove(folder: Folder) -> None:
     """What a run has written, and nothing else."""
     with output_errors(folder.path):
         # Ended at any point, what is left can be gone on with or removed again: `done` is never there without
-        # the journal, nor the journal without the shards; and run.json goes last.
-        for name in ("done", "claims", "workers"):
+        # the journal, nor the journal without the shards; and run.json goes last. What is put together again
+        # after `merged` went comes from all lines there are, as it did before; without `retries` the first
+        # round is the current one, which had lines for all items.
+        for name in ("done", "claims", "workers", MERGED, RETRIES):
             shutil.rmtree(folder.path / name, ignore_errors=True)
         for name in (PLAN, "results.jsonl", "index.jsonl", "account.json"):
             (folder.path / name).unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from varlen_vision.jobs.files import sweep, whole_file
 from varlen_vision.jobs.folder import Folder
 from varlen_vision.jobs.formats import Parquet
 from varlen_vision.jobs.items import Item
-from varlen_vision.jobs.journal import Row, line_of, lines, winners
+from varlen_vision.jobs.journal import Counting, Row, line_of, lines, winners
+from varlen_vision.jobs.rounds import settle
 from varlen_vision.jobs.store import Format, seal_shard
 
 
@@ -29,17 +30,24 @@ class Layout:
     format: Format | None
 
 
-def merge(folder: Folder, items: Sequence[Item], layout: Layout) -> None:
+def merge(folder: Folder, items: Sequence[Item], layout: Layout, number: int) -> None:
     """Seal the shards that dead processes left, drop what was done twice, write the lines in order.
+
+    Args:
+        folder: of the run.
+        items: all.
+        layout: of the results.
+        number: of the round that is done.
 
     Raises:
         OutputError: something could not be written; call it again.
     """
-    counted = winners(folder.journal)
+    rules = settle(folder, number)
+    counted = winners(folder.journal, rules)
     if layout.format is not None:
-        _seal(folder, layout.format)
+        _seal(folder, layout.format, rules)
         if isinstance(layout.format, Parquet):
-            _drop_losers(folder, layout.format, counted)
+            _drop_losers(folder, layout.format, counted, rules)
     if layout.lines:
         with whole_file(folder.path / layout.lines) as file:
             opened: dict[Path, IO[bytes]] = {}
@@ -57,7 +65,8 @@ def merge(folder: Folder, items: Sequence[Item], layout: Layout) -> None:
 
 def clear(folder: Folder) -> None:
     """Remove the drafts that killed processes left; one that lives writes its own again."""
-    for place in (folder.path, folder.shards, folder.path / "claims", folder.path / "workers"):
+    others = (folder.retries, folder.merged, folder.path / "claims", folder.path / "workers")
+    for place in (folder.path, folder.shards, *others):
         sweep(place)
 
 
@@ -71,31 +80,38 @@ def _named(line: bytes, format: Format | None) -> bytes:
     return line_of(row)
 
 
-def _rows(path: Path) -> dict[str, list[Row]]:
+def _rows(path: Path, limit: int | None) -> dict[str, list[Row]]:
     """Rows of a journal, by shard."""
     found: dict[str, list[Row]] = {}
-    for _, line in lines(path):
+    for _, line in lines(path, 0, limit):
         row = json.loads(line)
         if "shard" in row:
             found.setdefault(row["shard"], []).append(row)
     return found
 
 
-def _seal(folder: Folder, format: Format) -> None:
+def _seal(folder: Folder, format: Format, rules: Counting) -> None:
+    named: set[str] = set()
     for path in sorted(folder.journal.glob("*.jsonl")):
-        for name, rows in _rows(path).items():
+        for name, rows in _rows(path, rules.limit(path)).items():
             seal_shard(folder.shards, name, rows, format)
+            named.add(name)
     for path in folder.shards.glob("*.part"):  # bytes of batches that never got their lines
         path.unlink()
+    for path in folder.shards.glob(f"*{format.suffix}"):  # of a run whose removal was killed
+        if path.stem not in named:
+            path.unlink()
 
 
-def _drop_losers(folder: Folder, format: Parquet, counted: dict[str, tuple[Path, int, int]]) -> None:
-    """Take out of tables the rows of items that another process has done too."""
+def _drop_losers(
+    folder: Folder, format: Parquet, counted: dict[str, tuple[Path, int, int]], rules: Counting
+) -> None:
+    """Take out of tables the rows of items that another process, or a later round, has done too."""
     for path in sorted(folder.journal.glob("*.jsonl")):
         start = 0
         kept: dict[str, set[str]] = {}
         rows: dict[str, int] = {}
-        for end, line in lines(path):
+        for end, line in lines(path, 0, rules.limit(path)):
             row = json.loads(line)
             if "shard" in row:
                 rows[row["shard"]] = rows.get(row["shard"], 0) + 1

@@ -84,14 +84,21 @@ class Resizing:
         return up, across
 
 
-def make(items: Sequence[Item], resizing: Resizing, costs: Coefficients, smallest: Load) -> list[Chunk]:
-    """Cut all items into chunks.
+def make(
+    items: Sequence[Item],
+    resizing: Resizing,
+    costs: Coefficients,
+    smallest: Load,
+    named: Callable[[str], str] = str,
+) -> list[Chunk]:
+    """Cut items into chunks.
 
     Args:
         items: in any order.
         resizing: of the image processor.
         costs: by which they are cut.
         smallest: no chunk is made smaller than what costs as much as this: a batch.
+        named: makes of a chunk's number its name.
     """
     with ThreadPoolExecutor(_THREADS) as threads, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow; they come again when the image is decoded
@@ -102,7 +109,8 @@ def make(items: Sequence[Item], resizing: Resizing, costs: Coefficients, smalles
     chunks: list[Chunk] = []
     for members in _cut(order, prices, lambda spent: max(least, (left - spent) * SHARE)):
         load = sum((loads[index] for index in members), Load())
-        chunks.append(Chunk(f"{len(chunks):05d}", tuple(items[index].index for index in members), load))
+        indices = tuple(items[index].index for index in members)
+        chunks.append(Chunk(named(f"{len(chunks):05d}"), indices, load))
     return chunks
 
 

@@ -2,91 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from varlen_vision.errors import OutputError
-from varlen_vision.jobs import leases, plan
+from varlen_vision.errors import JobError, OutputError
+from varlen_vision.jobs import plan, rounds
 from varlen_vision.jobs.account import Account, Times, measured, overall
 from varlen_vision.jobs.cost import CostModel
 from varlen_vision.jobs.engine import Engine, warm_up
-from varlen_vision.jobs.files import write_json
 from varlen_vision.jobs.folder import Folder, open_run
-from varlen_vision.jobs.items import Source, read_source
+from varlen_vision.jobs.items import Item, Source, read_source
 from varlen_vision.jobs.job import Job, Model
 from varlen_vision.jobs.journal import Journals, lines
 from varlen_vision.jobs.launch import Launch
 from varlen_vision.jobs.leases import Leases
 from varlen_vision.jobs.merge import clear, merge
+from varlen_vision.jobs.options import Ended, Options
 from varlen_vision.jobs.pool import Pool
 from varlen_vision.jobs.prepared import Load
 from varlen_vision.jobs.progress import Progress
+from varlen_vision.jobs.rounds import Round, Wish
 from varlen_vision.jobs.stop import Stop
 from varlen_vision.jobs.store import Store
 from varlen_vision.jobs.work import Work
 
 # Pieces of work beside the chunks.
-_PLAN, _MERGE = "plan", "merge"
+_PLAN, _MERGE, _WISH, _BEGIN = "plan", "merge", "wish", "begin"
 _POLL = 0.2
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a job is run; results do not depend on it, but for rounding.
-
-    Attributes:
-        input: folder or JSONL.
-        output: folder.
-        prompt: for items without one.
-        budget: of a batch.
-        workers: processes that decode and preprocess; 0: none, this one does it.
-        device: 'cpu', 'cuda' or 'cuda:1'; None: a GPU where there is one.
-        shard_bytes: at which a shard is sealed.
-        resume, overwrite: see `open_run`.
-        expire: seconds until a silent process of another machine is taken for dead.
-        warm: items that go through the model before time is taken.
-        quiet: no progress bar.
-    """
-
-    input: Path
-    output: Path
-    prompt: str | None = None
-    budget: int = 16384
-    workers: int = 0
-    device: str | None = None
-    shard_bytes: int = 512 << 20
-    resume: bool = False
-    overwrite: bool = False
-    expire: float = leases.EXPIRE
-    warm: int = 0
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How this process's part ended.
-
-    Attributes:
-        account: of it.
-        source: the input.
-        finished: whether all is done and put together.
-        signal: that stopped it.
-        output_error: what could not be written.
-    """
-
-    account: Account
-    source: Source
-    finished: bool
-    signal: int | None = None
-    output_error: OutputError | None = field(default=None)
 
 
 def run(job: Job, options: Options, launch: Launch | None = None) -> Ended:
@@ -97,6 +47,10 @@ def run(job: Job, options: Options, launch: Launch | None = None) -> Ended:
         OutputError: the output folder cannot be written to, from the start.
     """
     launch = launch or Launch()
+    if options.retry_failed and options.overwrite:
+        raise JobError(
+            "--retry-failed goes on with what is there and --overwrite removes it; give one of them"
+        )
     source = read_source(options.input, options.prompt, prompts=job.prompts)
     job.check()
     settings = {
@@ -107,66 +61,122 @@ def run(job: Job, options: Options, launch: Launch | None = None) -> Ended:
         "items_sha256": source.fingerprint(),
     }
     settings = json.loads(json.dumps(settings))
-    folder = open_run(
-        options.output, settings, resume=options.resume, overwrite=options.overwrite, launch=launch
-    )
+    resume = options.resume or options.retry_failed
+    folder = open_run(options.output, settings, resume=resume, overwrite=options.overwrite, launch=launch)
     return _Run(job, options, launch, source, folder).go()
 
 
 class _Run:
     def __init__(self, job: Job, options: Options, launch: Launch, source: Source, folder: Folder) -> None:
         self.job, self.options, self.launch, self.source, self.folder = job, options, launch, source, folder
-        self.journals = Journals(folder.journal)
         self.account = Account()
         self.stop = Stop()
         self.device = launch.device(options.device)
+        self.since = 0.0
+        self.opened = ExitStack()
+        self.loaded: tuple[Model, Pool] | None = None
+        self.progress = Progress(len(source.items), shown=not options.quiet and launch.local_rank == 0)
 
     def go(self) -> Ended:
-        shown = not self.options.quiet and self.launch.local_rank == 0
         error: OutputError | None = None
         finished = False
-        progress = Progress(len(self.source.items), self.journals, shown=shown)
-        with Leases(self.folder.path, self.launch.rank, self.options.expire) as mine, progress:
-            progress.look_now()
+        with Leases(self.folder.path, self.launch.rank, self.options.expire) as mine, self.progress:
+            self._enter(rounds.current(self.folder))
             if mine.alone():
                 clear(self.folder)
             try:
-                finished = _MERGE in mine.done() or self._work(mine, progress)
+                with self.opened:
+                    finished = self._rounds(mine)
             except OutputError as raised:
                 error = raised
-            progress.look_now()
-            worked = (self.folder.journal / f"{mine.worker}.jsonl").exists()
-        self.account.errors = self.journals.failed()
-        self.account.failed = sum(self.account.errors.values())
-        self.account.done = len(self.journals.errors) - self.account.failed
-        self.account.left = len(self.source.items) - len(self.journals.errors)
-        path = self.folder.path / "account.json"
-        # Who did nothing has nothing to say about how the run went.
-        if finished and self.launch.rank == 0 and (worked or not path.exists()):
+            self.progress.look_now()
+            worked = any(self.folder.journal.glob(f"*{mine.worker}.jsonl"))
+        self._count()
+        if finished and self.launch.rank == 0:
             try:
-                write_json(path, asdict(self.account))
+                self.account.write(self.folder.path / "account.json", worked=worked)
             except OutputError as raised:
                 error = error or raised
         return Ended(self.account, self.source, finished, self.stop.signal, error)
 
-    def _work(self, mine: Leases, progress: Progress) -> bool:
-        """This process's share; whether all is done and put together."""
-        everything = all(item.id in self.journals.errors for item in self.source.items)
-        if not everything:
-            with Pool(self.job.prepare(), self.options.workers) as pool:
-                pool.start()  # they load beside the model
-                model = self.job.load(self.device)
-                try:
-                    if not self._model_work(model, pool, mine, progress):
-                        return False
-                finally:
-                    model.close()
-        progress.describe("putting results together")
-        with self.stop:
-            return self._once(_MERGE, mine, self._merge)
+    def _enter(self, now: Round) -> None:
+        """Look at the run as it stands in this round."""
+        self.round = now
+        self.journals = Journals(self.folder.journal, rounds.counting(self.folder))
+        self.progress.follow(self.journals)
 
-    def _model_work(self, model: Model, pool: Pool, mine: Leases, progress: Progress) -> bool:
-        items = self.source.items
+    def _count(self) -> None:
+        """What became of all items."""
+        account, failures = self.account, self.journals.failures()
+        account.errors, account.failed = self.journals.failed(), len(failures)
+        account.done = len(self.journals.errors) - account.failed
+        account.left = len(self.source.items) - len(self.journals.errors)
+        again = self.round.ids or frozenset()
+        if self.options.retry_failed and self.round.number:
+            tried = again & self.journals.errors.keys()
+            account.retried, account.mended = len(tried), len(tried - failures)
+
+    def _rounds(self, mine: Leases) -> bool:
+        """The current round, and after it another one if that is asked for."""
+        with self.stop:
+            wish = self._wish(mine) if self.options.retry_failed else Wish()
+        if wish is None or not (self._over(mine) or self._work(mine)):
+            return False
+        if wish.number <= self.round.number:
+            return True
+
+        def begin() -> None:
+            rounds.begin(self.folder, wish)
+
+        with self.stop:
+            if not self._once(f"{_BEGIN}{wish.number}", mine, begin):
+                return False
+        self._enter(rounds.current(self.folder))
+        return self._over(mine) or self._work(mine)
+
+    def _wish(self, mine: Leases) -> Wish | None:
+        """What is to be done again, the same for all processes of a launch; None if this one is stopped."""
+        failed = frozenset(self.journals.failures())
+        # Who comes while others do it again joins them, and that is it.
+        possible = self._over(mine) or not self.round.number
+        made = Wish(self.round.number + 1, failed) if failed and possible else Wish()
+        if not self.launch.token:
+            return made
+        launch = hashlib.sha256(self.launch.token.encode()).hexdigest()[:12]
+
+        def save() -> None:
+            rounds.save_wish(self.folder, launch, made)
+
+        return rounds.wish(self.folder, launch) if self._once(f"{_WISH}-{launch}", mine, save) else None
+
+    def _over(self, mine: Leases) -> bool:
+        return self.round.named(_MERGE) in mine.done()
+
+    def _work(self, mine: Leases) -> bool:
+        """This process's share of the round; whether all is done and put together."""
+        again = self.round.ids
+        items = [item for item in self.source.items if again is None or item.id in again]
+        everything = all(item.id in self.journals.errors for item in items)
+        if not everything and not self._model_work(items, mine):
+            return False
+        self.progress.describe("putting results together")
+        with self.stop:
+            return self._once(self.round.named(_MERGE), mine, self._merge)
+
+    def _load(self) -> tuple[Model, Pool]:
+        """Both stay for the next round."""
+        if self.loaded is None:
+            pool = self.opened.enter_context(Pool(self.job.prepare(), self.options.workers))
+            pool.start()  # they load beside the model
+            model = self.job.load(self.device)
+            self.opened.callback(model.close)
+            self.loaded = model, pool
+        return self.loaded
+
+    def _model_work(self, items: Sequence[Item], mine: Leases) -> bool:
+        now, progress = self.round, self.progress
+        model, pool = self._load()
+        self.since = self.since or time.time()
         costs = CostModel(model.seed())
         for load, seconds in measured(self.folder.times):
             costs.observe(load, seconds)
@@ -178,26 +188,40 @@ class _Run:
         resizing = self.job.resizing()
 
         def make() -> None:
-            plan.save(self.folder.plan, plan.make(items, resizing, costs.coefficients, smallest))
+            chunks = plan.make(items, resizing, costs.coefficients, smallest, now.named)
+            plan.save(now.plan(self.folder), chunks)
 
-        if not self._once(_PLAN, mine, make):
+        if not self._once(now.named(_PLAN), mine, make):
             return False
-        chunks = plan.read(self.folder.plan)
-        work = Work(items, chunks, mine, self.journals, costs)
+        chunks = plan.read(now.plan(self.folder))
+        work = Work(self.source.items, chunks, mine, self.journals, costs)
         store = Store(
-            self.folder, mine.worker, self.job.layout.format, self.options.shard_bytes, work.undisputed
+            self.folder,
+            now.named(mine.worker),
+            self.job.layout.format,
+            self.options.shard_bytes,
+            work.undisputed,
         )
         times = Times(self.folder.times, mine.worker)
-        device = torch.device(self.device)
-        engine = Engine(model, pool, work, store, times, costs, self.options.budget, progress.look, device)
-        progress.describe(self.job.settings()["job"])
-        since = time.time()
+        engine = Engine(
+            model,
+            pool,
+            work,
+            store,
+            times,
+            costs,
+            self.options.budget,
+            progress.look,
+            torch.device(self.device),
+            self.account,
+            patient=now.number > 0,
+        )
+        progress.describe(self.job.settings()["job"] + (", again what failed" if now.number else ""))
         try:
             with self.stop:
                 return engine.run(self.stop.asked)
         finally:
-            self.account = engine.account
-            found = overall(self.folder.times, since)
+            found = overall(self.folder.times, self.since)
             self.account.processes, self.account.all_images, self.account.all_seconds = found
             store.close()
             times.close()
@@ -215,13 +239,7 @@ class _Run:
         return True
 
     def _merge(self) -> None:
-        merge(self.folder, self.source.items, self.job.layout)
-
-
-def default_workers(processes: int) -> int:
-    """Worker processes per process of a launch: the cores that it has to itself, less its own, 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // processes - 1))
+        merge(self.folder, self.source.items, self.job.layout, self.round.number)
 
 
 def results(folder: Path) -> Sequence[dict[str, Any]]:
