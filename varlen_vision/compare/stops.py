@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 
+from varlen_vision.compare.errors import CompareError
 from varlen_vision.compare.families import WORKLOADS
 from varlen_vision.compare.profiling import Event, count, record_forward
 from varlen_vision.families.recipe import recipe_of
@@ -81,7 +82,14 @@ class PlanTime:
 def measure(
     name: str, device: torch.device, *, tiny: bool = False, plans_only: bool = False
 ) -> tuple[list[Stops], list[PlanTime]]:
-    """Count and time one tower of varlen_vision.testing.zoo.real.REAL, and planning, on every workload."""
+    """Count and time one tower of varlen_vision.testing.zoo.real.REAL, and planning, on every workload.
+
+    Planning is timed where the tower works it out in functions that can be called alone: transformers 5.9
+    and newer.
+
+    Raises:
+        CompareError: the installed transformers does not have the tower.
+    """
     counted: list[Stops] = []
     planned: list[PlanTime] = []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -89,9 +97,11 @@ def measure(
     for workload, pixels in {**WORKLOADS, "one 448x448": ((448, 448),)}.items():
         tower = real_tower(name, pixels, tiny=tiny)
         if model is None:
+            if (reason := zoo.missing(tower)) is not None:
+                raise CompareError(f"{name}: {reason}")
             model = zoo.build(tower, dtype, device)
         inputs = zoo.inputs(tower, model)
-        planned.append(_plan_time(name, workload, model, inputs))
+        planned += _plan_times(name, workload, model, inputs)
         if device.type == "cuda" and not plans_only:
             counted += _paths(name, workload, model, inputs)
         del inputs
@@ -165,10 +175,12 @@ def pauses(events: Iterable[Event]) -> tuple[int, int, int]:
     return end - begin, idle, longest
 
 
-def _plan_time(name: str, workload: str, model: nn.Module, inputs: dict[str, Any]) -> PlanTime:
+def _plan_times(name: str, workload: str, model: nn.Module, inputs: dict[str, Any]) -> list[PlanTime]:
     grid = inputs["grid_thw"]
     with torch.no_grad(), observing(model, grid) as made:
         model(**inputs)
+    if not made:
+        return []
     on_host, recipe = grid.cpu(), recipe_of(model)
     orders = [on_host[torch.randperm(len(on_host))] for _ in range(20)]
 
@@ -185,7 +197,7 @@ def _plan_time(name: str, workload: str, model: nn.Module, inputs: dict[str, Any
 
     clear_plan_cache()
     _plan(on_host, recipe, grid.device)
-    return PlanTime(
+    found = PlanTime(
         name,
         workload,
         len(on_host),
@@ -195,6 +207,7 @@ def _plan_time(name: str, workload: str, model: nn.Module, inputs: dict[str, Any
         reordered=_microseconds(ours(lambda index: orders[index], False), grid.device),
         cached=_microseconds(ours(lambda _: on_host, False), grid.device),
     )
+    return [found]
 
 
 def _plan(grid: Tensor, recipe: Recipe, device: torch.device) -> object:
