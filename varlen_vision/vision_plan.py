@@ -75,8 +75,8 @@ class VisionPlan:
     ) -> VisionPlan:
         """Work out a plan, or look it up: pure host work, no GPU involved unless `grid_thw` is on one.
 
-        What was worked out for an image is kept for the next of its width, and whole plans for the same
-        batch, both up to a number of bytes (`set_plan_cache`).
+        Part of what was worked out for an image is kept for the next of such a size, and whole plans for the
+        same batch, both up to a number of bytes (`set_plan_cache`).
 
         Args:
             grid_thw: (images, 3) integers: frames, height and width of each image or video in patches. On a

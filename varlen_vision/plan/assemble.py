@@ -1,22 +1,19 @@
-"""From the pieces of an array to one block of memory for a whole batch."""
+"""From the fields of a batch to one block of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from varlen_vision.plan.buffer import Buffer
+from varlen_vision.plan.frames import Array, Field
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import plan_lengths
-from varlen_vision.plan.pieces import Pieces
 from varlen_vision.plan.recipe import Recipe
 
 # What transformers calls the cumulative lengths of each kind of layer; `cu_seqlens` where it is not here.
 _CU_SEQLENS = {"windows": "cu_window_seqlens"}
-
-_DTYPES = {np.int64: torch.int64, np.float32: torch.float32, np.int32: torch.int32}
 
 
 def cu_seqlens_name(kind: str) -> str:
@@ -35,24 +32,30 @@ def assemble(
         pinned: take page-locked memory, from which a copy to a GPU does not make the host wait.
     """
     lengths = plan_lengths(grids, recipe.layouts)
-    pieces: dict[str, Pieces] = {}
+    fields = {"grid_thw": _grids(grids)}
     for item in recipe.inputs:
         if item.fits(grids):
-            pieces |= zip(item.names, item.pieces(grids), strict=True)
-    buffer = Buffer.empty(
-        [
-            ("grid_thw", torch.int64, (len(grids), 3)),
-            *((name, _DTYPES[part.dtype.type], part.shape) for name, part in pieces.items()),
-            *((cu_seqlens_name(kind), torch.int32, (len(cut) + 1,)) for kind, cut in lengths.items()),
-        ],
-        pinned=pinned,
-    )
-    into = buffer.arrays()
-    into["grid_thw"][:] = grids
+            fields |= zip(item.names, item.fields(grids), strict=True)
     for kind, cut in lengths.items():
-        cumulative = into[cu_seqlens_name(kind)]
-        cumulative[0] = 0
-        np.fromiter(cut, np.int32, len(cut)).cumsum(out=cumulative[1:])
-    for name, part in pieces.items():
-        part.join(into[name])
+        fields[cu_seqlens_name(kind)] = _cumulative(cut)
+    buffer = Buffer.empty(((name, field.dtype, field.shape) for name, field in fields.items()), pinned=pinned)
+    into = buffer.arrays()
+    for name, field in fields.items():
+        field.write(into[name])
     return buffer, lengths
+
+
+def _grids(grids: tuple[Grid, ...]) -> Field:
+    def write(into: Array) -> None:
+        into[:] = grids
+
+    return Field(np.int64, (len(grids), 3), write)
+
+
+def _cumulative(lengths: tuple[int, ...]) -> Field:
+    def write(into: Array) -> None:
+        into[0] = 0
+        into[1:] = lengths
+        into.cumsum(out=into)
+
+    return Field(np.int32, (len(lengths) + 1,), write)

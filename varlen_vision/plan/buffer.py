@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -13,63 +13,71 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-DTYPES = (torch.int64, torch.float32, torch.int32)
 # Compiled graphs copy what begins elsewhere, in every call; and what the host knows of the values is
 # not known of a copy.
-ALIGNMENT = 16  # bytes
-_NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int32}
+ALIGNMENT = 16  # bytes; whole int64
+_DTYPES: dict[type[np.generic], torch.dtype] = {
+    np.int64: torch.int64,
+    np.float32: torch.float32,
+    np.int32: torch.int32,
+}
+_BYTES: dict[type[np.generic], int] = {dtype: torch_dtype.itemsize for dtype, torch_dtype in _DTYPES.items()}
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 class Slot(NamedTuple):
-    """Where one array is: `offset` and `shape` count elements of `dtype`."""
+    """Where one array is: `offset` counts elements of `dtype`."""
 
-    dtype: torch.dtype
+    dtype: type[np.generic]
     offset: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A block of bytes, and what is in it.
+    """A block of memory, and what is in it.
 
     Attributes:
-        block: (n,) uint8.
+        block: (n,) int64, as most of the arrays are.
         slots: by name.
+        pinned: whether the block is known to be page-locked memory of the host.
     """
 
     block: Tensor
     slots: Mapping[str, Slot]
+    pinned: bool = False
 
     @classmethod
-    def empty(cls, wanted: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, pinned: bool) -> Buffer:
+    def empty(
+        cls, wanted: Iterable[tuple[str, type[np.generic], tuple[int, ...]]], *, pinned: bool
+    ) -> Buffer:
         """Room for arrays of these names, dtypes and shapes; in page-locked memory where `pinned`."""
         slots, end = {}, 0
         for name, dtype, shape in wanted:
-            slots[name] = Slot(dtype, end // dtype.itemsize, shape, _strides(shape))
-            end += prod(shape) * dtype.itemsize
+            size = _BYTES[dtype]
+            slots[name] = Slot(dtype, end // size, shape)
+            end += prod(shape) * size
             end += -end % ALIGNMENT
         with ordinary_tensors():
-            return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), slots)
+            return cls(torch.empty(end // 8, dtype=torch.int64, pin_memory=pinned), slots, pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
         with ordinary_tensors():
-            seen = {dtype: self.block.view(dtype) for dtype in DTYPES}
+            used = {slot.dtype for slot in self.slots.values()} - {np.int64}
+            seen = {dtype: self.block.view(_DTYPES[dtype]) for dtype in used} | {np.int64: self.block}
             return {
-                name: seen[slot.dtype].as_strided(slot.shape, slot.strides, slot.offset)
-                for name, slot in self.slots.items()
+                name: seen[dtype].as_strided(shape, _strides(shape), offset)
+                for name, (dtype, offset, shape) in self.slots.items()
             }
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The same as numpy arrays, of a block in the memory of the host."""
         block = self.block.numpy()
-        seen = {dtype: block.view(_NUMPY[dtype]) for dtype in DTYPES}
         return {
-            name: seen[slot.dtype][slot.offset : slot.offset + prod(slot.shape)].reshape(slot.shape)
-            for name, slot in self.slots.items()
+            name: np.ndarray(shape, dtype, block, offset * _BYTES[dtype])
+            for name, (dtype, offset, shape) in self.slots.items()
         }
 
     def to(self, device: torch.device) -> Buffer:
@@ -78,7 +86,7 @@ class Buffer:
             return self
         with ordinary_tensors():
             block = self.block
-            if device.type == "cuda" and block.device.type == "cpu" and not block.is_pinned():
+            if device.type == "cuda" and block.device.type == "cpu" and not self.pinned:
                 block = block.pin_memory()
             return Buffer(block.to(device, non_blocking=device.type == "cuda"), self.slots)
 
@@ -90,7 +98,4 @@ def ordinary_tensors() -> AbstractContextManager[object]:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -13,6 +13,9 @@ Value = TypeVar("Value")
 
 DEFAULT_BYTES = 64 * 2**20
 
+# What an entry of arrays takes beside their numbers: headers, tuples, the key.
+BYTES_PER_ENTRY = 512
+
 
 class ByteCache:
     """A cache that drops what was used longest ago, bounded by bytes, safe under threads.
@@ -82,14 +85,14 @@ class ByteCache:
 
 
 PARTS = ByteCache()
-"""Of single images: the tables that those of one width share (see varlen_vision.plan.pieces)."""
+"""Of sizes of images: orders of windows, and what resampling takes along an axis."""
 
 BATCHES = ByteCache()
 """Of whole batches: a plan per (recipe, grids, device, stream)."""
 
 
 def set_plan_cache(max_bytes: int) -> None:
-    """Bound what is kept of earlier plans, for single images and for whole batches, in bytes each.
+    """Bound what is kept of earlier plans, for sizes of images and for whole batches, in bytes each.
 
     The default is 64 MiB each. 0 keeps nothing: every plan is worked out anew.
 

@@ -2,13 +2,13 @@
 
 Each class here, and `Interpolation` beside them, stands for a function of transformers (5.9 and newer), which
 returns what it finds under its names among the keyword arguments in place of computing it. It does so once
-per image and frame with small operations; here that is a slice of a table (see varlen_vision.plan.pieces).
+per image and frame with small operations; here each is written where it is to be (varlen_vision.plan.frames).
 In older releases some of them are methods of the tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
+from varlen_vision.plan.frames import Array, Field, add_runs, fill_runs, places, write_frames
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import WindowLayout
-from varlen_vision.plan.pieces import Array, Pieces, look_up, tables
 
 
 class TowerInput:
@@ -36,7 +37,7 @@ class TowerInput:
     returns_tuple: ClassVar[bool | None] = None
     names: ClassVar[tuple[str, ...]]
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
         """The arrays of a batch, one for each name; patches come first."""
         raise NotImplementedError
 
@@ -68,40 +69,24 @@ class TowerInput:
         return self
 
 
-def by_width(
-    item: TowerInput, grids: Iterable[Grid], make: Callable[[int, int], Array]
-) -> dict[tuple[int, ...], Array]:
-    """Tables for the tallest image of each width, by (width,); `make(height, width)`."""
-    return tables(item.key, (((width,), height) for _, height, width in grids), make)
-
-
-def by_frame(grids: Iterable[Grid], found: Mapping[tuple[int, ...], Array]) -> list[Array]:
-    """Of these tables what each frame of each image begins with, patch by patch."""
-    arrays: list[Array] = []
-    for frames, height, width in grids:
-        arrays += [found[width,][: height * width]] * frames
-    return arrays
-
-
-def band(width: int, merge: int) -> Array:
-    """(merge * width, 2) int64: row and column of the patches of one row of merge units.
-
-    It is the beginning of that of any wider image, so few are made.
-    """
-    units = 1 << (width // merge - 1).bit_length()
-
-    def made() -> tuple[Array]:
-        ids = np.empty((units, merge, merge, 2), np.int64)
-        ids[..., 0] = np.arange(merge)[:, None]
-        ids[..., 1] = np.arange(units * merge).reshape(-1, 1, merge)
-        return (ids.reshape(-1, 2),)
-
-    return look_up(("band", merge, units), made)[0][: width * merge]
-
-
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each run of so many begins."""
     return [0, *accumulate(counts[:-1])]
+
+
+def patches(grids: Sequence[Grid]) -> int:
+    """T: of all images."""
+    return sum(frames * height * width for frames, height, width in grids)
+
+
+def per_frame(grids: Sequence[Grid], area: int = 1) -> list[int]:
+    """Patches of each frame of each image, in squares of `area`."""
+    return [height * width // area for frames, height, width in grids for _ in range(frames)]
+
+
+def per_image(grids: Sequence[Grid]) -> list[int]:
+    """Patches of each image."""
+    return [frames * height * width for frames, height, width in grids]
 
 
 @dataclass(frozen=True)
@@ -122,21 +107,18 @@ class Positions(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        arrays = by_frame(grids, by_width(self, grids, self._table))
-        if not self.temporal:
-            return (Pieces(arrays),)
-        frame = [index for frames, _, _ in grids for index in range(frames)]
-        return (Pieces(arrays, frame, first_column=True),)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        def write(into: Array) -> None:
+            write_frames(into, grids, self._frame)
+            if self.temporal:
+                frame = [index for frames, _, _ in grids for index in range(frames)]
+                fill_runs(into[:, 0], per_frame(grids), frame)
 
-    def _table(self, height: int, width: int) -> Array:
-        merge = self.merge_size
-        ids = np.empty((height // merge, width * merge, 2 + self.temporal), np.int64)
-        ids[..., -2:] = band(width, merge)
-        ids[..., -2] += np.arange(0, height, merge)[:, None]
-        if self.temporal:
-            ids[..., 0] = 0
-        return ids.reshape(-1, 2 + self.temporal)
+        return (Field(np.int64, (patches(grids), 2 + self.temporal), write),)
+
+    def _frame(self, into: Array, height: int, width: int) -> None:
+        both = places(height, width, self.merge_size).both
+        into[:, -2:].reshape(both.shape)[:] = both
 
 
 @dataclass(frozen=True)
@@ -156,37 +138,39 @@ class WindowOrder(TowerInput):
     def unit(self) -> int:
         return self.layout.merge_size
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        merge, side = self.layout.merge_size, self.layout.side
-        # Windows of an image come in bands, one above the other; the last may be less tall.
-        cut = [(frames, *divmod(height // merge, side), width // merge) for frames, height, width in grids]
-        wanted = [((width, side), bands) for _, bands, _, width in cut]
-        wanted += [((width, tall), 1) for _, _, tall, width in cut if tall]
-        found = tables(self.key, wanted, self._bands)
-        arrays: list[Array] = []
-        shifts: list[int] = []
-        start = 0
-        for frames, bands, tall, width in cut:
-            for _ in range(frames):
-                if bands:
-                    arrays.append(found[width, side][: bands * side * width])
-                    shifts.append(start)
-                    start += bands * side * width
-                if tall:
-                    arrays.append(found[width, tall])
-                    shifts.append(start)
-                    start += tall * width
-        return (Pieces(arrays, shifts),)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        area = self.unit**2
 
-    def _bands(self, bands: int, width: int, tall: int) -> Array:
-        """Order of the units in bands of windows `tall` units high, of an image `width` units wide."""
+        def write(into: Array) -> None:
+            write_frames(into, grids, self._frame, area)
+            counts = per_frame(grids, area)
+            add_runs(into, counts, starts(counts))
+
+        return (Field(np.int64, (patches(grids) // area,), write),)
+
+    def _frame(self, into: Array, height: int, width: int) -> None:
+        # Windows come in bands, one above the other; the last may be less tall.
+        side, width = self.layout.side, width // self.unit
+        bands, tall = divmod(height // self.unit, side)
+        size = side * width
+        end = bands * size
+        if bands:
+            starts = np.arange(0, end, size)[:, None]
+            np.add(starts, self._band(side, width), out=into[:end].reshape(bands, size))
+        if tall:
+            np.add(self._band(tall, width), end, out=into[end:])
+
+    def _band(self, tall: int, width: int) -> Array:
+        """Order of the units in one band of windows, `tall` units high, of an image `width` units wide."""
         side = self.layout.side
-        units, whole = np.arange(tall * width).reshape(tall, width), width // side * side
-        order = units.ravel()
-        if whole:
-            squares = units[:, :whole].reshape(tall, -1, side).transpose(1, 0, 2).ravel()
-            order = np.concatenate((squares, units[:, whole:].ravel())) if whole < width else squares
-        return (order + np.arange(0, bands * len(order), len(order))[:, None]).ravel() if bands > 1 else order
+
+        def made() -> tuple[Array, int]:
+            units, whole = np.arange(tall * width).reshape(tall, width), width // side * side
+            squares = units[:, :whole].reshape(tall, -1, side).transpose(1, 0, 2)
+            order = np.concatenate((squares.ravel(), units[:, whole:].ravel()))
+            return order, order.nbytes + BYTES_PER_ENTRY
+
+        return PARTS.get((self.key, tall, width), made)
 
 
 @dataclass(frozen=True)
@@ -199,13 +183,12 @@ class FrameIndex(TowerInput):
     source = "get_vision_frame_index"
     names = ("frame_index",)
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        rows = [index + (frames > 1) for frames, _, _ in grids for index in range(frames)]
-        zero = np.zeros(1, np.int64)
-        arrays: list[Array] = []
-        for frames, height, width in grids:
-            arrays += [np.broadcast_to(zero, height * width)] * frames
-        return (Pieces(arrays, rows),)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        def write(into: Array) -> None:
+            rows = [index + (frames > 1) for frames, _, _ in grids for index in range(frames)]
+            fill_runs(into, per_frame(grids), rows)
+
+        return (Field(np.int64, (patches(grids),), write),)
 
 
 @dataclass(frozen=True)
@@ -224,14 +207,18 @@ class PixelShuffle(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        sizes = [height * width for frames, height, width in grids for _ in range(frames)]
-        return (Pieces(by_frame(grids, by_width(self, grids, self._table)), starts(sizes)),)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        def write(into: Array) -> None:
+            write_frames(into, grids, self._frame)
+            counts = per_frame(grids)
+            add_runs(into, counts, starts(counts))
 
-    def _table(self, height: int, width: int) -> Array:
-        merge = self.merge_size
-        rows = np.arange(height * width).reshape(height // merge, merge, width // merge, merge)
-        return rows.transpose(0, 2, 1, 3).reshape(-1)
+        return (Field(np.int64, (patches(grids),), write),)
+
+    def _frame(self, into: Array, height: int, width: int) -> None:
+        step = self.merge_size * width
+        row, column = places(self.merge_size, width, self.merge_size).both[0].T
+        np.add(np.arange(0, height * width, step)[:, None], row * width + column, out=into.reshape(-1, step))
 
 
 def _merged(grid: Grid, kernel: tuple[int, int]) -> int:
@@ -261,22 +248,25 @@ class TemporalMerge(TowerInput):
     def unit(self) -> int:
         return max(self.kernel)
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        area = self.kernel[0] * self.kernel[1]
-        begin = starts([area * _merged(grid, self.kernel) for grid in grids])
-        shifts = [first for first, grid in zip(begin, grids, strict=True) for _ in range(grid[0])]
-        weights: list[Array] = [
-            np.broadcast_to(np.float32(1) / np.float32(frames), frames * height * width)
-            for frames, height, width in grids
-        ]
-        return Pieces(by_frame(grids, by_width(self, grids, self._table)), shifts), Pieces(weights)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        shape, counts = (patches(grids),), per_image(grids)
 
-    def _table(self, height: int, width: int) -> Array:
+        def destination(into: Array) -> None:
+            write_frames(into, grids, self._frame)
+            add_runs(into, counts, starts([height * width for _, height, width in grids]))
+
+        def weight(into: Array) -> None:
+            fill_runs(into, counts, [np.float32(1) / np.float32(frames) for frames, _, _ in grids])
+
+        return Field(np.int64, shape, destination), Field(np.float32, shape, weight)
+
+    def _frame(self, into: Array, height: int, width: int) -> None:
         """For each patch of a frame: its token times the patches that merge into one, plus its place."""
         tall, wide = self.kernel
-        rows, columns = np.arange(height)[:, None], np.arange(width)
-        token = rows // tall * (width // wide) + columns // wide
-        return (token * (tall * wide) + rows % tall * wide + columns % wide).ravel()
+        area, step = tall * wide, tall * width
+        rows = np.arange(0, height * width, step)[:, None] + np.arange(0, area, wide)
+        columns = np.arange(0, tall * width, area)[:, None] + np.arange(wide)
+        np.add(rows.reshape(-1, 1), columns.ravel(), out=into.reshape(height, width))
 
     def keywords(self, arrays: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         destination, weight = (arrays[name] for name in self.names)
@@ -301,10 +291,15 @@ class TemporalGather(TowerInput):
     def unit(self) -> int:
         return max(self.kernel)
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
-        shifts = starts([frames * height * width for frames, height, width in grids])
-        made = {grid: self._index(grid) for grid in dict.fromkeys(grids)}
-        return (Pieces([made[grid] for grid in grids], shifts),)
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+        counts = [_merged(grid, self.kernel) for grid in grids]
+
+        def write(into: Array) -> None:
+            made = {grid: self._index(grid) for grid in dict.fromkeys(grids)}
+            np.concatenate([made[grid] for grid in grids], out=into)
+            add_runs(into, counts, starts(per_image(grids)))
+
+        return (Field(np.int64, (sum(counts), grids[0][0], self.kernel[0] * self.kernel[1]), write),)
 
     def _index(self, grid: Grid) -> Array:
         frames, height, width = grid

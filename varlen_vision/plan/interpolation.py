@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
+from varlen_vision.plan.frames import Array, Field, places, write_frames
 from varlen_vision.plan.grids import Grid
-from varlen_vision.plan.inputs import TowerInput, band, by_width
-from varlen_vision.plan.pieces import Array, Pieces, look_up
+from varlen_vision.plan.inputs import TowerInput, patches
 
 
 @dataclass(frozen=True)
@@ -65,34 +67,32 @@ class Interpolation(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def pieces(self, grids: Sequence[Grid]) -> tuple[Pieces, ...]:
+    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
         seen = [(t, w, h) for t, h, w in grids] if self.transposed else grids
-        found = by_width(self, seen, self._table)
         # What an axis brings depends on its size alone: one stretch of rows for each size, for both axes.
         sizes = sorted({size for _, height, width in seen for size in (height, width)})
         first = dict(zip(sizes, accumulate(sizes, initial=0), strict=False))
-        rows, columns, row_shifts, column_shifts = [], [], [], []
-        for frames, height, width in seen:
-            table = found[width,][:, : height * width]
-            rows += [table[0]] * frames
-            columns += [table[1]] * frames
-            row_shifts += [first[height]] * frames
-            column_shifts += [first[width]] * frames
-        axes = look_up((self.key, *sizes), lambda: _axes(self, sizes))
-        return (
-            Pieces(rows, row_shifts),
-            Pieces(columns, column_shifts),
-            *(Pieces([axis]) for axis in axes),
-        )
+        taps, weights = _axes(self, tuple(sizes))
+        merge, shape = self.merge_size, (len(taps), taps.shape[1] ** 2)
 
-    def _table(self, height: int, width: int) -> Array:
-        """(2, height * width) int32: row and column of every patch."""
-        merge = self.merge_size
-        row, column = band(width, merge).T.astype(np.int32)
-        ids = np.empty((2, height // merge, len(row)), np.int32)
-        np.add(row, np.arange(0, height, merge, dtype=np.int32)[:, None], out=ids[0])
-        ids[1] = column
-        return ids.reshape(2, -1)
+        def row(into: Array, height: int, width: int) -> None:
+            rows = places(height, width, merge).row
+            np.add(rows, np.int32(first[height]), out=into.reshape(rows.shape))
+
+        def column(into: Array, height: int, width: int) -> None:
+            columns = places(height, width, merge).column
+            np.add(columns, np.int32(first[width]), out=into.reshape(columns.shape))
+
+        return (
+            *(
+                Field(np.int32, (patches(grids),), partial(write_frames, grids=seen, write=write))
+                for write in (row, column)
+            ),
+            Field(np.int64, shape, partial(_by_row, axis=taps * self.side)),
+            Field(np.int64, shape, partial(_by_column, axis=taps)),
+            Field(np.float32, shape, partial(_by_row, axis=weights)),
+            Field(np.float32, shape, partial(_by_column, axis=weights)),
+        )
 
     def of_method(self) -> Interpolation:
         return replace(self, linspace=True)
@@ -104,28 +104,31 @@ class Interpolation(TowerInput):
         return {"interp_indices": indices, "interp_weights": weights}
 
 
-def _axes(item: Interpolation, sizes: Sequence[int]) -> tuple[Array, Array, Array, Array]:
-    """Indices and weights that a row and a column bring to each of the taps**2 products, for all sizes.
-
-    (sum of sizes, taps**2): int64 for rows and for columns, then float32 for rows and for columns.
-    """
-    if item.linspace:
-        taps, weights = _linspaced(item, sizes)
-    else:
-        index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
-        taps, weights = _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
-    return (*_products(taps * item.side, taps), *_products(weights, weights))
+def _by_row(into: Array, axis: Array) -> None:
+    """What a row brings, (n, taps), to each of its (taps, taps) products."""
+    into.reshape(*axis.shape, -1)[:] = axis[:, :, None]
 
 
-def _products(row: Array, column: Array) -> tuple[Array, Array]:
-    """(n, taps) each, as rows and columns of (taps, taps): (n, taps**2)."""
-    shape = (*row.shape, row.shape[1])
-    rows, columns = np.empty(shape, row.dtype), np.empty(shape, column.dtype)
-    rows[:], columns[:] = row[:, :, None], column[:, None, :]
-    return rows.reshape(len(row), -1), columns.reshape(len(row), -1)
+def _by_column(into: Array, axis: Array) -> None:
+    """What a column brings."""
+    into.reshape(*axis.shape, -1)[:] = axis[:, None]
 
 
-def _linspaced(item: Interpolation, sizes: Sequence[int]) -> tuple[Array, Array]:
+def _axes(item: Interpolation, sizes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Taps and weights of all places on axes of these sizes: (sum of sizes, taps) int64 and float32."""
+
+    def made() -> tuple[tuple[Array, Array], int]:
+        if item.linspace:
+            found = _linspaced(item, sizes)
+        else:
+            index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
+            found = _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
+        return found, sum(array.nbytes for array in found) + BYTES_PER_ENTRY
+
+    return PARTS.get((item.key, sizes), made)
+
+
+def _linspaced(item: Interpolation, sizes: tuple[int, ...]) -> tuple[Array, Array]:
     """What `_axis` gives, with the operations of `fast_pos_embed_interpolate`."""
     last = item.side - 1
     places = [torch.linspace(0, last, size, dtype=torch.float32, device="cpu") for size in sizes]

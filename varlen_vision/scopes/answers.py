@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from varlen_vision.plan import Recipe
-from varlen_vision.scopes.methods import PARTS, Part, numbers
+from varlen_vision.scopes.methods import METHOD_PARTS, Part, numbers
 from varlen_vision.scopes.observe import equal, proof_grids
 from varlen_vision.vision_plan import VisionPlan
 
@@ -180,7 +180,7 @@ def _form(
 
 def _found(tower: nn.Module, name: str, plan: VisionPlan, result: Any) -> Form | None:
     several = isinstance(result, tuple)
-    made = list(_made(tower, PARTS[name], plan))
+    made = list(_made(tower, METHOD_PARTS[name], plan))
     parts = [
         next((part for part, value in made if equal(value, wanted)), None)
         for wanted in (result if several else (result,))

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import WindowLayout
-from varlen_vision.plan.pieces import Array, look_up
 from varlen_vision.vision_plan import VisionPlan, plan_rows
 
 # Names of the layers of towers that their methods run.
@@ -87,13 +87,13 @@ def _windows(layout: WindowLayout, grid: Grid) -> list[int]:
     side, merge = layout.side, layout.merge_size
     _, height, width = grid
 
-    def made() -> tuple[Array]:
+    def made() -> tuple[list[int], int]:
         (bands, tall), (whole, wide) = divmod(height // merge, side), divmod(width // merge, side)
         rows, columns = [*[side] * bands, tall], [*[side] * whole, wide]
-        return ((np.multiply.outer(rows, columns) * merge * merge).ravel(),)
+        found: list[int] = (np.multiply.outer(rows, columns) * merge * merge).ravel().tolist()
+        return found, 40 * len(found) + BYTES_PER_ENTRY  # a list holds objects
 
-    found: list[int] = look_up(("all windows", side, merge, height, width), made)[0].tolist()
-    return found
+    return PARTS.get(("all windows", side, merge, height, width), made)
 
 
 def numbers(tower: nn.Module) -> tuple[tuple[torch.dtype, torch.device] | None, ...]:
@@ -108,7 +108,7 @@ def _first(layer: Any) -> tuple[torch.dtype, torch.device] | None:
     return None
 
 
-PARTS: Mapping[str, tuple[Part, ...]] = {
+METHOD_PARTS: Mapping[str, tuple[Part, ...]] = {
     "rot_pos_emb": (_angles, _on_host("position_ids"), _tensor("position_ids")),
     "get_window_index": (_on_host("window_index"), _tensor("window_index"), _window_bounds),
     "fast_pos_embed_interpolate": (_learned_positions,),
