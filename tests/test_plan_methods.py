@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.families import TOWERS, make
 from tests.older_tower import NAME, OlderTower, registered
@@ -465,6 +466,58 @@ def test_gradients() -> None:
     assert found[0].keys() == found[1].keys() and "pos_embed.weight" in found[0]
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_tower_that_is_run_again_for_the_backward(name: str, reentrant: bool) -> None:
+    """The first forward, which proves, saves for the backward what the next one does."""
+    found = []
+    for planned in (True, False):
+        model = swapped(name)
+        if not planned:
+            scope: Any = scope_of(model)
+            scope.answers = None
+        given = inputs(name, model, IMAGES)
+        keys = list(given)
+        pixels = given.pop(keys[0]).requires_grad_()
+
+        def forward(*values: Tensor, model: Any = model, keys: list[str] = keys) -> Tensor:
+            return merged(model(**dict(zip(keys, values, strict=True))))
+
+        for _ in range(2):
+            output = checkpoint(forward, pixels, *given.values(), use_reentrant=reentrant)
+            output.square().sum().backward()
+        assert all(proven(model).values()) and not left_behind(model)
+        found.append([pixels.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+class Turned(OlderTower):
+    """Goes by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = 0
+
+    def get_window_index(self, grid_thw: Tensor) -> tuple[Tensor, list[int]]:
+        index, bounds = super().get_window_index(grid_thw)
+        return index.roll(self.turned), bounds
+
+
+def test_a_number_that_somebody_changed_on_the_tower() -> None:
+    """It is not in the config, and so not in the recipe; what was proven before says nothing."""
+    model = swapped(NAME, Turned)
+    before = run(NAME, model)
+    assert all(proven(model).values())
+    model.turned = 1
+    with pytest.warns(UserWarning, match="get_window_index otherwise than planned"):
+        turned = run(NAME, model)
+    for _ in range(2):
+        assert torch.equal(run(NAME, model), turned) and torch.equal(run_unplanned(NAME, model), turned)
+    model.turned = 0
+    assert torch.equal(run(NAME, model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -29,6 +29,7 @@ from varlen_vision.errors import OptimizeError
 from varlen_vision.plan import Grid
 from varlen_vision.segments import Segments
 from varlen_vision.tower.buckets import bucket_tokens, fill_up, filling, rounded_up
+from varlen_vision.tower.fingerprint import Fingerprint
 from varlen_vision.tower.graphs import GraphedTower, Record
 from varlen_vision.vision_plan import VisionPlan
 
@@ -180,6 +181,16 @@ def test_changed_weights_and_modules_are_seen() -> None:
     both(lambda model: setattr(model.blocks[1], "mlp", nn.Identity()), 1)
 
 
+class Twice(nn.Module):
+    """As one of torch's own, which may be recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+Twice.__module__ = "torch.nn"
+
+
 @pytest.fixture
 def replaying() -> Pair:
     """Recorded on a tape; the next call is replayed unless something speaks against it."""
@@ -200,6 +211,41 @@ def test_hooks_are_called_each_time(replaying: Pair) -> None:
     for _ in range(3):
         replaying.check(SAME_BUCKET[0])
     assert len(seen) == 4 and replaying.counted("recorded") == 2
+
+
+def test_weights_of_another_dtype_at_the_same_addresses() -> None:
+    """What the allocator may do with `.half()`, a way to the CPU and `.bfloat16()`."""
+    layer = nn.Linear(8, 8).half()
+    fingerprint = Fingerprint(layer)
+    assert fingerprint.holds()
+    layer.weight.data = layer.weight.data.view(torch.bfloat16)
+    assert fingerprint.in_place() and not fingerprint.same_modules() and not fingerprint.holds()
+
+
+def test_a_module_let_go_before_another_takes_its_place(replaying: Pair) -> None:
+    """The other one may get its address."""
+    for model in (replaying.model, replaying.plain):
+        block: Any = model.blocks[1]  # type: ignore[index]
+        block.mlp = None
+        block.mlp = Twice()
+    for _ in range(3):
+        replaying.check(SAME_BUCKET[0])
+    assert replaying.counted("recorded") == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("output_hidden_states", True), ("return_dict", False)])
+def test_a_config_that_is_changed_between_calls(replaying: Pair, name: str, value: bool) -> None:
+    pixels, grid = batch(replaying.model, SAME_BUCKET[0])
+    for model in (replaying.model, replaying.plain):
+        setattr(model.config, name, value)
+    with torch.no_grad():
+        ours, theirs = (model(pixels, grid) for model in (replaying.model, replaying.plain))
+    assert type(ours) is type(theirs)
+    assert len(pytree.tree_leaves(ours)) == len(pytree.tree_leaves(theirs))
+    assert replaying.counted(f"its config sets {name}") == 1
+    for model in (replaying.model, replaying.plain):
+        setattr(model.config, name, not value)
+    replaying.check(SAME_BUCKET[0])
 
 
 def test_hidden_states_asked_for_once_do_not_end_it(replaying: Pair) -> None:
@@ -369,6 +415,9 @@ def test_a_wrong_batch_raises_as_without_graphs() -> None:
     pixels, _ = batch(pair.model, ((1, 4, 6),))
     with torch.no_grad(), pytest.raises(ValueError, match="describes 48 patches"):
         pair.model(pixels, torch.tensor([[1, 6, 8]]))
+    for row in ([4, 6], [1, 4, 6, 1]):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"row 0 of grid_thw is .*expected \(frames"):
+            pair.model(pixels, torch.tensor([row]))
 
 
 def test_a_forward_that_cannot_be_recorded_is_given_up() -> None:

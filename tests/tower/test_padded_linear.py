@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from varlen_vision.parity import relative_error
 from varlen_vision.tower.aligned import AlignedMLP
@@ -65,6 +66,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def compiled(mlp: nn.Module) -> nn.Module:
+    mlp.checked_by_block = True  # type: ignore[assignment]  # nothing is done to its weights here
     mlp.forward = torch.compile(mlp.forward, fullgraph=True, dynamic=True, backend="aot_eager")
     return mlp
 
@@ -94,7 +96,7 @@ def kept_for_backward() -> Iterator[list[int]]:
 @pytest.mark.parametrize("how", [as_written, compiled])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [GatedMLP, PlainMLP])
-@pytest.mark.parametrize("shape", [(7, CHANNELS), (2, 5, CHANNELS)])
+@pytest.mark.parametrize("shape", [(7, CHANNELS), (2, 5, CHANNELS), (CHANNELS,), (0, CHANNELS)])
 def test_gradients(kind: Any, bias: bool, shape: tuple[int, ...], how: Any) -> None:
     mlps = pair(kind, bias)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -103,7 +105,42 @@ def test_gradients(kind: Any, bias: bool, shape: tuple[int, ...], how: Any) -> N
     assert len(found) == len(expected) == 1 + len(list(mlps.original.parameters()))
     for mine, other in zip(found, expected, strict=True):
         assert mine is not None and other is not None
-        assert mine.shape == other.shape and error(mine, other) < 1e-12
+        assert mine.shape == other.shape
+        assert error(mine, other) < 1e-12 if x.numel() else not mine.any()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", [GatedMLP, PlainMLP])
+def test_torch_func_and_forward_mode(kind: Any, trained: bool) -> None:
+    mlps = pair(kind)
+    x, along = torch.randn(2, 7, CHANNELS, dtype=torch.float64)
+    found: list[list[Tensor]] = []
+    for mlp in (mlps.original, mlps.aligned):
+        mlp.requires_grad_(trained)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(mlp(forward_ad.make_dual(x, along))).tangent
+        found.append(
+            [
+                dual,
+                torch.func.jvp(mlp, (x,), (along,))[1],
+                torch.func.vjp(mlp, x)[1](along)[0],
+                torch.func.vmap(mlp)(x),
+            ]
+        )
+    for mine, other in zip(found[1], found[0], strict=True):
+        assert error(mine, other) < 1e-12
+
+
+def test_another_parameter_over_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is its own, padded or not."""
+    for width in (30, 32):
+        monkeypatch.setitem(globals(), "WIDTH", width)
+        aligned = pair(GatedMLP).aligned
+        for name in ("up_proj", "down_proj"):
+            layer = getattr(aligned, name)
+            layer.weight = nn.Parameter(layer.weight.data)
+        aligned(torch.randn(3, CHANNELS, dtype=torch.float64)).sum().backward()
+        assert aligned.ready and all(parameter.grad is not None for parameter in aligned.parameters())
 
 
 @pytest.mark.parametrize("how", [as_written, compiled])

@@ -24,6 +24,7 @@ from tests.surroundings.same import (
     whole_model,
 )
 from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower
+from tests.towers import batch, merged
 from varlen_vision import attention_report, optimize_vision, restore_vision, swap_attention
 from varlen_vision.errors import OptimizeError, ParityError
 from varlen_vision.tower.aligned import AlignedMLP, aligned_width
@@ -389,3 +390,65 @@ def test_restoring_inside_a_wrapper(name: str) -> None:
         for parameter in one.parameters():
             parameter.data = parameter.data * 0.9
     assert_same(run(name, model), run(name, plain))
+
+
+@pytest.mark.parametrize("change", ["LoRA before", "LoRA after", "assigned", "a hook"])
+@pytest.mark.parametrize("mode", ["products", "compile"])
+@torch.no_grad()
+def test_a_tower_compiled_by_hand_sees_what_is_done_to_its_layers(mode: str, change: str, name: str) -> None:
+    """A graph cannot look where the weights lie."""
+    found = []
+    for optimise in (False, True):
+        torch._dynamo.reset()
+        model = odd_tower(name)
+        swap_attention(model)
+        if optimise:
+            optimize_vision(model, mode, backend="aot_eager")
+        if change == "LoRA before":
+            _add_lora(model)
+        elif change == "a hook":
+            for child, module in model.named_modules():
+                if child.endswith(("up_proj", "fc1")):
+                    module.register_forward_hook(lambda module, args, output: 2 * output)
+        model.compile(backend="aot_eager")
+        before = run(name, model)
+        if change == "LoRA after":
+            _add_lora(model)
+        elif change == "assigned":
+            state = {key: 1.3 * value for key, value in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+        found.append((before, run(name, model)))
+    for mine, other in zip(*reversed(found), strict=True):
+        assert_same(mine, other)
+
+
+def _add_lora(model: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    layers = ["up_proj", "linear_fc1", "fc1"]
+    config = peft.LoraConfig(target_modules=layers, r=2, init_lora_weights=False)
+    try:
+        peft.inject_adapter_in_model(config, model).eval()
+    except ImportError as error:
+        pytest.skip(f"this transformers refuses peft: {error}")
+
+
+@torch.no_grad()
+def test_replicas_compute_with_their_own_weights(name: str) -> None:
+    """As DataParallel makes them, one for each GPU; here of other weights, to show whose are used."""
+    model, plain = optimized(name), odd_tower(name)
+    given = batch(plain)
+    found, expected, unscaled = (merged(tower(*given)) for tower in (_replica(model), _replica(plain), model))
+    assert_same(found, expected)
+    assert (unscaled - found).norm() > 0.1 * found.norm()
+
+
+def _replica(model: nn.Module, scale: float = 1.3) -> nn.Module:
+    """What torch.nn.parallel.replicate does, which needs GPUs."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * scale)
+    return replicas[model]

@@ -133,7 +133,9 @@ class MethodAnswers:
         cls, default = type(self.tower), torch.empty(0)  # what makes tensors without saying where asks these
         methods = tuple(getattr(cls, name) for name in self._stand_ins)
         where = (plan.device, default.dtype, default.device)
-        return cls, self.recipe, methods, where, numbers(self.tower)
+        # The recipe is of the config; methods go by what the tower has made of it, or was told since.
+        own = tuple(value for value in vars(self.tower).values() if type(value) in (int, float))
+        return cls, self.recipe, methods, where, own, numbers(self.tower)
 
 
 class _StandIn:
@@ -152,10 +154,17 @@ class _StandIn:
         if forward.forms is not None:
             form = forward.forms.get(self.name)
             return method(*args) if form is None else form.answer(tower, forward.plan)
-        result = method(*args)
-        with suppress(Exception):  # what cannot be compared, such as tensors without values, shows nothing
-            forward.seen[self.name] = _form(tower, self.name, method, forward, result)
-        return result
+        with torch.no_grad():
+            result = method(*args)
+            # What cannot be compared, such as tensors without values, shows nothing.
+            with suppress(Exception):
+                forward.seen[self.name] = _form(tower, self.name, method, forward, result)
+        form = forward.seen.get(self.name)
+        if form is not None:
+            # With gradients as later forwards have it: where one runs this forward again (gradient
+            # checkpointing), it has to save the same.
+            return form.answer(tower, forward.plan)
+        return method(*args) if torch.is_grad_enabled() else result
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from varlen_vision.tower.gated import is_silu, silu_linear, silu_mul
 from varlen_vision.tower.mlp import MLPStructure, why_not_plain
@@ -57,6 +58,8 @@ class AlignedMLP(nn.Module):
         self.silu = structure.gate is not None and is_silu(structure.activate(original))
         self._take(None)
         self.ready = False
+        self.checked_by_block = False
+        """Whether its block is a compiled graph that calls `check` before it runs."""
         self.why_not: str | None = None
 
     @property
@@ -109,9 +112,13 @@ class AlignedMLP(nn.Module):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """(..., C) -> (..., C), as the original."""
-        if not torch.compiler.is_compiling():  # a compiled block checks before its graph runs
+        if torch.compiler.is_compiling():
+            # A graph cannot look where the weights lie; one may rely on it whose block looks before it runs.
+            as_written = not self.ready or not self.checked_by_block
+        else:
             self.check()
-        if not self.ready:
+            as_written = not self.ready or _transformed()
+        if as_written:
             result: Tensor = self.__dict__["original"].forward(hidden_state)
             return result
         layers: Any = self._layers()
@@ -128,7 +135,9 @@ class AlignedMLP(nn.Module):
             inner = self._activate(F.linear(hidden_state, self.rows, self.bias))
         if _trained(down) and self.padded != self.structure.width:
             return columns_linear(inner, down)
-        return F.linear(inner, self.columns, down.bias)
+        # The parameter itself where nothing is padded: it may be another one over the same memory by now.
+        columns = down.weight if self.padded == self.structure.width else self.columns
+        return F.linear(inner, columns, down.bias)
 
     def _activate(self, inner: Tensor) -> Tensor:
         """What is between the products."""
@@ -175,9 +184,18 @@ class AlignedMLP(nn.Module):
     def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(p.dtype, p.device) for layer in self._layers() for p in layer.parameters()]
 
+    def _replicate_for_data_parallel(self) -> AlignedMLP:
+        """A replica's layers are others, in no common memory: its original is to run with those."""
+        replica: AlignedMLP = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        original = self.__dict__["original"]._replicate_for_data_parallel()
+        original.__dict__.update({table: replica.__dict__[table] for table in nn.Module().__dict__})
+        replica.__dict__["original"] = original
+        return replica
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was loaded from a pickle, lays its own weights out."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.checked_by_block = False  # blocks are copied as they are written
         if self.weights is not None:
             with torch.inference_mode(False), torch.no_grad():
                 for layer in self._layers():
@@ -187,6 +205,11 @@ class AlignedMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.structure.width}, padded={self.padded}, ready={self.ready}"
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: they know no operators of ours."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _trained(layer: nn.Module) -> bool:

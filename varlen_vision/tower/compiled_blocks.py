@@ -105,6 +105,7 @@ def _as_written(block: nn.Module) -> MethodType:
 def compile_module(module: nn.Module, call: Call) -> None:
     """Let the forward of a block, or a merger, be `call`."""
     module.__dict__["forward"] = CompiledForward(module, call)
+    _tell_mlps(module, checked=True)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -115,3 +116,10 @@ def is_compiled(module: nn.Module) -> bool:
 def undo_compile(module: nn.Module) -> None:
     """Call the block as it is written again."""
     module.__dict__.pop("forward", None)
+    _tell_mlps(module, checked=False)
+
+
+def _tell_mlps(block: nn.Module, checked: bool) -> None:
+    for child in block._modules.values():
+        if isinstance(child, AlignedMLP):
+            child.checked_by_block = checked

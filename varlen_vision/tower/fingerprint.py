@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from operator import itemgetter, methodcaller
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from varlen_vision.tower.compiled_blocks import CompiledForward
@@ -41,6 +42,9 @@ class Fingerprint:
         self._tensors = [
             table for module in modules for table in (module._parameters, module._buffers) if table
         ]
+        # While they are held, nothing that is put in their place can have an id of theirs.
+        self._held = (modules, [*chain.from_iterable(map(_VALUES, chain(self._hooks, _GLOBAL)))])
+        self._held_forwards = [own.get("forward") for own in self._own]
         self._seen, self._places = self._look(), self._addresses()
 
     def holds(self) -> bool:
@@ -52,7 +56,7 @@ class Fingerprint:
         return self._addresses() == self._places
 
     def same_modules(self) -> bool:
-        """Whether modules, hooks, forwards and modes are what they were."""
+        """Whether modules, hooks, forwards, modes and dtypes are what they were."""
         return self._look() == self._seen
 
     def _look(self) -> tuple[list[Any], ...]:
@@ -61,11 +65,14 @@ class Fingerprint:
             list(map(id, chain.from_iterable(map(_VALUES, chain(self._hooks, _GLOBAL))))),
             list(map(_TRAINING, self._own)),
             [id(own.get("forward")) for own in self._own],
+            [tensor.dtype for tensor in self._weights()],
         )
 
     def _addresses(self) -> list[int]:
-        tensors = chain.from_iterable(map(_VALUES, self._tensors))
-        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        return [tensor.data_ptr() for tensor in self._weights()]
+
+    def _weights(self) -> Iterator[Tensor]:
+        return (tensor for tensor in chain.from_iterable(map(_VALUES, self._tensors)) if tensor is not None)
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -42,6 +42,9 @@ Record = Callable[[Forward], tuple[Any, Callable[[], None]]]
 
 _CAPTURING = threading.Lock()
 
+# What a config may ask of a forward that is not told otherwise, and its value for the common output.
+_COMMON = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
 Key = tuple[Frame, torch.Size, torch.dtype, torch.device]
 
 
@@ -160,6 +163,9 @@ class GraphedTower:
             return "the caller records a graph of its own"
         if other := [name for name, value in given.items() if not _plain(name, value)]:
             return f"it is called with {', '.join(other)}"
+        config = getattr(self.tower, "config", None)  # may be changed between calls
+        if other := [name for name, common in _COMMON.items() if getattr(config, name, None) is (not common)]:
+            return f"its config sets {', '.join(other)}"
         return None
 
     def _try(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Any]:
@@ -223,7 +229,7 @@ class GraphedTower:
         assert scope is not None and scope.recipe is not None
         pixels = given[scope.parameters[0]]
         rows = read_rows(given["grid_thw"])
-        tokens = sum(frames * height * width for frames, height, width in rows)
+        tokens = sum(map(math.prod, rows))  # of rows that may yet turn out to be none of a grid
         wanted = bucket_tokens(tokens)
         if wanted is None or len(pixels) != tokens:
             return None  # where the number of patches is wrong, the tower's own forward says so

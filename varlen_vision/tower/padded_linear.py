@@ -71,12 +71,12 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, rows = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
+        flat = _flat(gradient)
         needed = ctx.needs_input_grad
         of_x = gradient @ rows if needed[0] else None
         parts = [slice(index * ctx.padded, index * ctx.padded + ctx.width) for index in range(ctx.count)]
         weights, biases = needed[4 : 4 + ctx.count], needed[4 + ctx.count :]
-        of_rows = flat.t() @ x.flatten(0, -2) if any(weights) else None
+        of_rows = flat.t() @ _flat(x) if any(weights) else None
         of_bias = flat.sum(0) if any(biases) else None
         of_parameters = [
             whole[part] if whole is not None and need else None
@@ -97,12 +97,17 @@ class _Columns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, columns = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
+        flat = _flat(gradient)
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             gradient @ columns if needs_x else None,
             None,
             # Transposed as the parameter is, so that it can be added to its gradient without a copy.
-            (x.flatten(0, -2).t() @ flat)[: ctx.width].t() if needs_weight else None,
+            (_flat(x).t() @ flat)[: ctx.width].t() if needs_weight else None,
             flat.sum(0) if needs_bias else None,
         )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., C) -> (N, C); of (C,) one row."""
+    return x.reshape(-1, x.shape[-1])
