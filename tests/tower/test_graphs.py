@@ -27,6 +27,7 @@ from tests.towers import batch, merged, tower, tower_inside
 from varlen_vision import optimize_vision, swap_attention
 from varlen_vision.errors import OptimizeError
 from varlen_vision.plan import Grid
+from varlen_vision.scopes import scope_of
 from varlen_vision.segments import Segments
 from varlen_vision.tower.buckets import bucket_tokens, fill_up, filling, rounded_up
 from varlen_vision.tower.fingerprint import Fingerprint
@@ -569,6 +570,26 @@ def test_a_recording_sorts_no_order_of_windows() -> None:
     for grids in SAME_BUCKET:
         pair.check(grids)
     assert pair.counted("replayed") and not sorts
+
+
+def test_recorded_in_inference_mode_no_lengths_are_read() -> None:
+    """Views made in that mode may be inference tensors, whose lengths nobody remembers."""
+    pair = Pair("qwen2_5_vl")
+    scope = scope_of(pair.model)
+    assert scope is not None
+    read = []
+
+    def counted(forward: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        before = scope.reader.reads
+        recorded = rerun(forward)
+        read.append(scope.reader.reads - before)
+        return recorded
+
+    pair.graphed.recorder = lambda device: counted
+    with torch.inference_mode():
+        for grids in SAME_BUCKET:
+            pair.model(*batch(pair.model, grids))
+    assert read == [0] and pair.counted("replayed") == len(SAME_BUCKET) - 1
 
 
 def test_a_frame_is_rounded_up_never_down() -> None:

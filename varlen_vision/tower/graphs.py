@@ -262,7 +262,7 @@ class GraphedTower:
             own_pixels = pixels.new_zeros(total, *pixels.shape[1:])
             own_pixels[:tokens].copy_(pixels)
             own = filled.block.clone()
-        keywords = filled.keywords(own)
+            keywords = filled.keywords(own)  # an inference tensor's lengths would be read in each layer
         cuts = list(segments_of(filled, keywords))
 
         def forward() -> Any:
