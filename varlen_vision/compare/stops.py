@@ -187,13 +187,8 @@ def _plan_times(name: str, workload: str, model: nn.Module, inputs: dict[str, An
     def theirs(grids: Tensor) -> Callable[[int], object]:
         return lambda _: [step.run(grids) for step in made]
 
-    def ours(which: Callable[[int], Tensor], forget: bool) -> Callable[[int], object]:
-        def work(index: int) -> object:
-            if forget:
-                clear_plan_cache()
-            return _plan(which(index), recipe, grid.device)
-
-        return work
+    def ours(which: Callable[[int], Tensor]) -> Callable[[int], object]:
+        return lambda index: _plan(which(index), recipe, grid.device)
 
     clear_plan_cache()
     _plan(on_host, recipe, grid.device)
@@ -203,9 +198,9 @@ def _plan_times(name: str, workload: str, model: nn.Module, inputs: dict[str, An
         len(on_host),
         transformers=_microseconds(theirs(grid), grid.device),
         transformers_host=_microseconds(theirs(on_host), grid.device),
-        uncached=_microseconds(ours(lambda _: on_host, True), grid.device),
-        reordered=_microseconds(ours(lambda index: orders[index], False), grid.device),
-        cached=_microseconds(ours(lambda _: on_host, False), grid.device),
+        uncached=_microseconds(ours(lambda _: on_host), grid.device, before=clear_plan_cache),
+        reordered=_microseconds(ours(lambda index: orders[index]), grid.device),
+        cached=_microseconds(ours(lambda _: on_host), grid.device),
     )
     return [found]
 
@@ -214,10 +209,16 @@ def _plan(grid: Tensor, recipe: Recipe, device: torch.device) -> object:
     return VisionPlan.from_grid(grid, recipe, device=device).keywords()
 
 
-def _microseconds(work: Callable[[int], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time until `work` returns, with nothing pending on the GPU before it."""
+def _microseconds(
+    work: Callable[[int], object],
+    device: torch.device,
+    repeats: int = 20,
+    before: Callable[[], object] = lambda: None,
+) -> float:
+    """Median time until `work` returns, with nothing pending on the GPU before it; `before` is not timed."""
     took = []
     for index in range(repeats):
+        before()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

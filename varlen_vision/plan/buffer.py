@@ -23,6 +23,7 @@ _DTYPES: dict[type[np.generic], torch.dtype] = {
 }
 _BYTES: dict[type[np.generic], int] = {dtype: torch_dtype.itemsize for dtype, torch_dtype in _DTYPES.items()}
 
+_STEP = (1,)
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
@@ -98,4 +99,6 @@ def ordinary_tensors() -> AbstractContextManager[object]:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 1:  # most are
+        return _STEP
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
