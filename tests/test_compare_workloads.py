@@ -86,3 +86,19 @@ def test_a_truncated_image_is_named(processor: Any, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CompareError, match=r"cut\.png' could not be read"):
         folder_workload(tmp_path, processor)
+
+
+def test_an_image_that_the_processor_refuses_is_named(processor: Any, tmp_path: Path) -> None:
+    photograph("coffee", 112, 112).save(tmp_path / "a.png")
+    photograph("coffee", 2000, 4).save(tmp_path / "wide.png")
+    with pytest.raises(CompareError, match=r"image 1: .*wide\.png', \(2000, 4\): .* aspect ratio"):
+        folder_workload(tmp_path, processor)
+
+
+def test_the_folder_that_one_is_in_has_its_name(
+    processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph("coffee", 112, 112).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    work = folder_workload(Path("."), processor)
+    assert work.name == tmp_path.name and work.description.endswith(tmp_path.name)

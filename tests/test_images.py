@@ -62,6 +62,15 @@ def palette() -> tuple[Image.Image, np.ndarray[Any, Any]]:
     return image, on_white(table[index], np.array([255, 0, 128, 255], np.uint8)[index])
 
 
+def palette_with_alpha() -> tuple[Image.Image, np.ndarray[Any, Any]]:
+    """As `quantize` makes it: opacity is in the palette itself, and is said nowhere else."""
+    table = np.array([[200, 10, 20, 255], [0, 0, 0, 0], [30, 160, 90, 128], [10, 20, 220, 255]], np.uint8)
+    index = np.random.default_rng(1).integers(0, 4, (SIDE, SIDE)).astype(np.uint8)
+    image = Image.frombytes("P", (SIDE, SIDE), index.tobytes())
+    image.putpalette(table.tobytes(), "RGBA")
+    return image, on_white(table[index][..., :3], table[index][..., 3])
+
+
 def one_clear_colour() -> tuple[Image.Image, np.ndarray[Any, Any]]:
     values = colours()
     values[:5, :5] = (1, 2, 3)
@@ -95,6 +104,7 @@ KINDS = {
     "RGBA": (rgba, "png"),
     "LA": (la, "png"),
     "P": (palette, "png"),
+    "P of RGBA": (palette_with_alpha, "tga"),
     "RGB, one clear colour": (one_clear_colour, "png"),
     "16 bits": (deep, "png"),
     "16 bits, one clear": (deep_with_a_clear_grey, "png"),
@@ -150,6 +160,17 @@ def test_arrays_with_alpha(dtype: str, first: bool) -> None:
         assert np.abs(opened - expected).max() <= (1 if dtype == "uint8" else 1e-4)
 
 
+def test_grey_arrays_of_floats() -> None:
+    """(H, W): what the processor makes of them is what it makes of their 8 bits."""
+    grey = colours()[..., 0]
+    processor = load_processor(checkpoint(FAMILY)).image_processor
+    seen = [
+        processor(images=[open_image(given, 0)], return_tensors="pt")["pixel_values"]
+        for given in (grey, grey.astype(np.float32), torch.from_numpy(grey).double())
+    ]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]) and seen[0].std() > 0.1
+
+
 def test_premultiplied() -> None:
     for mode in ("RGBa", "La"):
         image = (rgba()[0] if mode == "RGBa" else la()[0]).convert(mode)
@@ -177,3 +198,24 @@ def test_a_broken_image_that_is_open(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-3000])
     with Image.open(tmp_path / "cut.png") as image, pytest.raises(ImageError, match=r"image 1: .*truncated"):
         open_image(image, 1)
+
+
+def test_a_closed_image(tmp_path: Path) -> None:
+    Image.fromarray(colours()).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(ImageError, match=r"image 1: it cannot be converted to RGB: \w"):
+        open_image(image, 1)
+
+
+def test_what_a_camera_says_cannot_be_read(tmp_path: Path) -> None:
+    """Pillow raises struct.error where a number is not of the type that its tag has."""
+    exif = Image.Exif()
+    exif[0x112], exif[0x11A] = 6, 72.0  # orientation, and a fraction
+    Image.fromarray(colours()).save(tmp_path / "photo.jpg", exif=exif)
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    broken = whole.replace(b"\x01\x1a\x00\x05", b"\x01\x00\x00\x05", 1)  # now a width
+    assert broken != whole
+    (tmp_path / "photo.jpg").write_bytes(broken)
+    with pytest.raises(ImageError, match=r"image 2: .*photo\.jpg' could not be read"):
+        open_image(tmp_path / "photo.jpg", 2)

@@ -447,3 +447,26 @@ def test_a_restored_tower_works_everything_out_itself() -> None:
     inputs.run()
     restore_attention(model)
     assert scope_of(model) is None and torch.equal(inputs.run(), expected)
+
+
+def test_the_inverse_asked_for_in_inference_mode_serves_training() -> None:
+    plan = VisionPlan.from_grid([(1, 20, 12)], make("qwen2_5_vl"))
+    with torch.inference_mode():
+        inverse = plan.window_inverse
+    assert inverse is not None and not inverse.is_inference()
+    tokens = torch.ones(len(inverse), 3, requires_grad=True)
+    tokens[inverse].sum().backward()
+    assert tokens.grad is not None and bool((tokens.grad == 1).all())
+
+
+def test_another_default_device() -> None:
+    """A plan is worked out on the host, whatever torch.set_default_device says."""
+    model = make("qwen2_5_vl")
+    here = VisionPlan.from_grid([(1, 20, 12)], model)
+    clear_plan_cache()
+    with torch.device("meta"):
+        there = VisionPlan.from_grid([(1, 20, 12)], model)
+        inverse = there.window_inverse
+    assert there.device.type == "cpu" and there is not here
+    assert inverse is not None and here.window_inverse is not None and inverse.equal(here.window_inverse)
+    assert all(there.tensors[name].equal(tensor) for name, tensor in here.tensors.items())

@@ -29,7 +29,7 @@ _EXPECTED = "expected a path, a PIL image, or an array or tensor of (H, W, 3) or
 
 
 def open_image(image: ImageLike, index: int) -> Image.Image | np.ndarray[Any, Any]:
-    """A PIL image of mode RGB, or a float32 array in the shape that was given, without alpha.
+    """A PIL image of mode RGB, or a float32 array, (H, W, C) or (C, H, W) as was given, without alpha.
 
     Args:
         image: what the caller gave.
@@ -57,8 +57,8 @@ def open_image(image: ImageLike, index: int) -> Image.Image | np.ndarray[Any, An
     name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else "it"
     try:
         return _rgb(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(index, f"{name} cannot be converted to RGB: {error}") from error
+    except Exception as error:  # Pillow raises all kinds for files that are broken
+        raise ImageError(index, f"{name} cannot be converted to RGB: {_said(error)}") from error
 
 
 def open_file(path: str | os.PathLike[str], index: int) -> Image.Image:
@@ -73,12 +73,18 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError("it holds floating point numbers, whose range is not known; expected integers")
     if image.mode.startswith("I"):
         return _from_deep(image).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if _has_alpha(image):
         # Of premultiplied grey Pillow makes nothing else.
         layered = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
     image.load()  # what is cut short says so now
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    if "transparency" in image.info or not {"A", "a"}.isdisjoint(image.getbands()):
+        return True
+    return image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
@@ -99,10 +105,15 @@ def _read(path: str | os.PathLike[str], index: int) -> Image.Image:
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises all kinds for files that are broken
+        name, why = os.fspath(path), _said(error)
         raise ImageError(
-            index, f"{os.fspath(path)!r} could not be read: {error}. Expected an image file that Pillow opens"
+            index, f"{name!r} could not be read: {why}. Expected an image file that Pillow opens"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _from_array(array: Any, index: int) -> Image.Image | np.ndarray[Any, Any]:
@@ -112,7 +123,8 @@ def _from_array(array: Any, index: int) -> Image.Image | np.ndarray[Any, Any]:
         raise ImageError(index, f"its shape is {shape}; {_EXPECTED}")
     if dtype in ("float16", "bfloat16", "float32", "float64"):
         floats = np.asarray(array.float() if isinstance(array, Tensor) else array.astype(np.float32))
-        return _on_white(floats, 0 if first else -1) if len(shape) == 3 else floats
+        # Without a dimension of channels, transformers takes it for several images.
+        return _on_white(floats, 0 if first else -1) if len(shape) == 3 else floats[None]
     if dtype != "uint8":
         raise ImageError(index, f"its dtype is {dtype}; expected uint8, or floating point of 0 to 255")
     if 0 in shape:

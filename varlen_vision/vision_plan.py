@@ -131,7 +131,8 @@ class VisionPlan:
         if "window_index" not in self.tensors:
             return None
         index = self.tensors["window_index"]
-        return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        with ordinary_tensors():
+            return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
     def to(self, device: torch.device | str) -> VisionPlan:
         """The plan with its tensors on `device`: one copy, for which the host does not wait."""

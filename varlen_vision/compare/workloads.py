@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varlen_vision.compare.errors import CompareError
-from varlen_vision.errors import ImageError
+from varlen_vision.encode import cut_into_patches
+from varlen_vision.errors import EncodeError, ImageError
 from varlen_vision.images import open_file
 from varlen_vision.plan import Grid
 from varlen_vision.testing.photographs import FILES, image_inputs, photograph, video, video_inputs
@@ -132,18 +134,23 @@ def folder_workload(folder: Path, processor: Any) -> Workload:
     """All images of a folder as one batch, scaled as the processor does for its model.
 
     Raises:
-        CompareError: the folder has no files, or one of them is not an image that Pillow reads.
+        CompareError: the folder has no files, or one of them is no image that Pillow reads and the processor
+            takes.
     """
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not paths:
         raise CompareError(f"workload folder {str(folder)!r} has no files; expected images")
     try:
-        images = [open_file(path, index) for index, path in enumerate(paths)]
-    except ImageError as error:
+        images = [
+            cut_into_patches(open_file(path, index), index, processor, str(path))
+            for index, path in enumerate(paths)
+        ]
+    except (ImageError, EncodeError) as error:
         raise CompareError(f"workload folder {str(folder)!r}: {error}") from error
-    features = processor(images=images, return_tensors="pt")
-    description = f"{len(paths)} images of the folder {folder.name}"
-    return Workload(folder.name, description, features["pixel_values"], features["image_grid_thw"])
+    name = folder.resolve().name  # of "." too
+    description = f"{len(paths)} images of the folder {name}"
+    pixel_values = torch.cat([image.patches for image in images])
+    return Workload(name, description, pixel_values, torch.tensor([image.grid for image in images]))
 
 
 def grids_of(sizes: Iterable[Size], patch: int, merge: int) -> list[Grid]:

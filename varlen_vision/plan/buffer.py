@@ -61,7 +61,9 @@ class Buffer:
             end += prod(shape) * size
             end += -end % ALIGNMENT
         with ordinary_tensors():
-            return cls(torch.empty(end // 8, dtype=torch.int64, pin_memory=pinned), slots, pinned)
+            # Named, since torch.set_default_device may say another.
+            block = torch.empty(end // 8, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            return cls(block, slots, pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
