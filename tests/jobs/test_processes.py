@@ -34,6 +34,19 @@ def start(job: Fake, folder: Path, output: Path, **options: Any) -> int:
     return child
 
 
+def start_and_freeze(kind: str, folder: Path, output: Path) -> int:
+    """One process that stops with its first batch in hand, until it gets SIGCONT."""
+    read, write = os.pipe()
+
+    def freeze(batch: Any) -> None:
+        os.write(write, b"!")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    frozen = start(Fake(kind, before=freeze), folder, output, expire=1.0, budget=1000)
+    os.read(read, 1)
+    return frozen
+
+
 def status(child: int) -> int:
     """How a process ended, within a minute; below zero: by that signal."""
     until = time.monotonic() + 60
@@ -124,14 +137,7 @@ def test_a_slow_one_does_less(processes: int, tmp_path: Path, monkeypatch: pytes
 def test_one_that_froze_comes_back(kind: str, tmp_path: Path) -> None:
     """It was taken for dead and its work was done; what it has in hand must not come out twice."""
     folder, output = pictures(tmp_path / "in", 12), tmp_path / "out"
-    read, write = os.pipe()
-
-    def freeze(batch: Any) -> None:
-        os.write(write, b"!")
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    frozen = start(Fake(kind, before=freeze), folder, output, expire=1.0, budget=1000)
-    os.read(read, 1)
+    frozen = start_and_freeze(kind, folder, output)
     other = start(Fake(kind), folder, output, expire=1.0, budget=1000)
     assert status(other) == 0
     check(kind, output)

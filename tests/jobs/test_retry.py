@@ -18,7 +18,7 @@ from tests.jobs.commands import call, photographs
 from tests.jobs.fake import Fake, do, pictures
 from tests.jobs.outcome import check, rows_of, table_of
 from tests.jobs.test_kill import in_child
-from tests.jobs.test_processes import journals, start, status, wait_for
+from tests.jobs.test_processes import journals, start, start_and_freeze, status, wait_for
 from varlen_vision.errors import JobError
 from varlen_vision.jobs import engine
 from varlen_vision.jobs.launch import Launch
@@ -183,14 +183,7 @@ def test_several_processes(kind: str, tmp_path: Path) -> None:
 def test_one_that_froze_in_the_round_before(kind: str, tmp_path: Path) -> None:
     """It comes back when all was done without it, and what had failed too: nothing of its counts."""
     folder, output = pictures(tmp_path / "in", 12), tmp_path / "out"
-    read, write = os.pipe()
-
-    def freeze(batch: Any) -> None:
-        os.write(write, b"!")
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    frozen = start(Fake(kind, before=freeze), folder, output, expire=1.0, budget=1000)
-    os.read(read, 1)
+    frozen = start_and_freeze(kind, folder, output)
     other = start(Fake(kind, before=Seen("03.png")), folder, output, expire=1.0, budget=1000)
     assert status(other) == 0
     pictures(folder, 12, broken=False)
