@@ -161,14 +161,15 @@ def test_arrays_with_alpha(dtype: str, first: bool) -> None:
 
 
 def test_grey_arrays_of_floats() -> None:
-    """(H, W): what the processor makes of them is what it makes of their 8 bits."""
+    """(H, W), or with one channel: what the processor makes of them is what it makes of their 8 bits."""
     grey = colours()[..., 0]
     processor = load_processor(checkpoint(FAMILY)).image_processor
-    seen = [
+    floats = grey.astype(np.float32)
+    expected, *seen = (
         processor(images=[open_image(given, 0)], return_tensors="pt")["pixel_values"]
-        for given in (grey, grey.astype(np.float32), torch.from_numpy(grey).double())
-    ]
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]) and seen[0].std() > 0.1
+        for given in (grey, floats, floats[None], floats[..., None], torch.from_numpy(grey).double())
+    )
+    assert all(torch.equal(one, expected) for one in seen) and expected.std() > 0.1
 
 
 def test_premultiplied() -> None:

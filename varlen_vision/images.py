@@ -29,7 +29,7 @@ _EXPECTED = "expected a path, a PIL image, or an array or tensor of (H, W, 3) or
 
 
 def open_image(image: ImageLike, index: int) -> Image.Image | np.ndarray[Any, Any]:
-    """A PIL image of mode RGB, or a float32 array, (H, W, C) or (C, H, W) as was given, without alpha.
+    """A PIL image of mode RGB, or a float32 array, (H, W, 3) or (3, H, W) as was given.
 
     Args:
         image: what the caller gave.
@@ -123,8 +123,7 @@ def _from_array(array: Any, index: int) -> Image.Image | np.ndarray[Any, Any]:
         raise ImageError(index, f"its shape is {shape}; {_EXPECTED}")
     if dtype in ("float16", "bfloat16", "float32", "float64"):
         floats = np.asarray(array.float() if isinstance(array, Tensor) else array.astype(np.float32))
-        # Without a dimension of channels, transformers takes it for several images.
-        return _on_white(floats, 0 if first else -1) if len(shape) == 3 else floats[None]
+        return _colours(floats, 0 if first else -1) if len(shape) == 3 else _colours(floats[None], 0)
     if dtype != "uint8":
         raise ImageError(index, f"its dtype is {dtype}; expected uint8, or floating point of 0 to 255")
     if 0 in shape:
@@ -137,9 +136,11 @@ def _from_array(array: Any, index: int) -> Image.Image | np.ndarray[Any, Any]:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _on_white(values: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
-    """Without its alpha, if it has one: channels along `axis`, of 0 to 255."""
-    if values.shape[axis] != 4:
+def _colours(values: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
+    """Three channels, of one, three or four along `axis`, of 0 to 255: older processors take no others."""
+    if values.shape[axis] == 1:
+        return values.repeat(3, axis)
+    if values.shape[axis] == 3:
         return values
     colours, alpha = np.split(values, [3], axis)
     laid: np.ndarray[Any, Any] = colours * (alpha / 255) + (255 - alpha)
