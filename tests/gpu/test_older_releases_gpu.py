@@ -56,7 +56,8 @@ def test_the_same_output_with_fewer_stops(name: str, on_host: bool, monkeypatch:
     found, after = forward(), counted()
     assert torch.equal(found, expected)
     assert all(form is not None for forms in answers._PROVEN.values() for form in forms.values())
-    print(name, on_host, before, after)
     assert before.copies_to_host is not None and after.copies_to_host is not None
-    assert after.copies_to_host < before.copies_to_host or before.copies_to_host == 0
-    assert after.synchronisations < before.synchronisations or before.synchronisations == 0
+    assert before.synchronisations is not None and after.synchronisations is not None
+    counts = f"before {before}, after {after}"
+    assert after.copies_to_host < before.copies_to_host or before.copies_to_host == 0, counts
+    assert after.synchronisations < before.synchronisations or before.synchronisations == 0, counts
