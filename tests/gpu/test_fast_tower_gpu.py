@@ -18,8 +18,12 @@ from tests.rotated import tables
 from tests.tolerance import cumulative
 from tests.towers import batch, exact, merged
 from varlen_vision import compiled_training, optimize_vision, restore_vision, swap_attention
+from varlen_vision.attention import VarlenAttention
+from varlen_vision.compare.profiling import record_forward, warm_up
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.parity import budget, relative_error
+from varlen_vision.testing import zoo
+from varlen_vision.testing.zoo.real import real_tower
 from varlen_vision.tower.gated import silu_linear, silu_mul
 from varlen_vision.tower.graphs import GraphedTower
 
@@ -78,6 +82,24 @@ def test_a_replay_has_no_host_stop() -> None:
             torch.cuda.set_sync_debug_mode("default")
     assert graphs_of(model).counts["replayed"] >= 2
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_norms_of_released_widths_stay_in_registers(name: str) -> None:
+    tower = real_tower(name, ((448, 448),))
+    model: Any = zoo.build(tower, torch.bfloat16, torch.device("cuda"))
+    swap_attention(model)
+    optimize_vision(model, "compile")
+    inputs = zoo.inputs(tower, model)
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+        warm_up(torch.device("cuda"))
+        events, _ = record_forward(lambda: model(**inputs), torch.device("cuda"), None)
+    kept, looped = (sum(part in event.name() for event in events) for part in ("triton_per_", "triton_red_"))
+    blocks = sum(isinstance(module, VarlenAttention) for module in model.modules())
+    # Two norms a block; what is looped over are the mergers' wider rows.
+    assert kept >= 2 * blocks and looped < blocks, (kept, looped, blocks)
 
 
 def test_two_threads_on_streams_of_their_own() -> None:

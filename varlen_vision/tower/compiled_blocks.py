@@ -20,12 +20,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from varlen_vision.attention import replaced_forward
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block
+from varlen_vision.tower.inductor import inductor
 
 Call = Callable[..., Any]
-
-# What is padded is decided by tower/aligned.py, for all batches alike; inductor would decide by the number
-# of tokens, and compile again for each decision.
-_OPTIONS = {"shape_padding": False}
 
 
 def why_not_compiled(block: Block) -> str | None:
@@ -60,8 +57,8 @@ def compiler(backend: str) -> Call:
         return type(block).forward(block, *args, **kwargs)
 
     forward.__code__ = forward.__code__.replace()
-    options: dict[str, Any] = {"options": dict(_OPTIONS)} if backend == "inductor" else {}
-    compiled: Call = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend, **options)
+    chosen = inductor if backend == "inductor" else backend
+    compiled: Call = torch.compile(forward, fullgraph=True, dynamic=True, backend=chosen)
     return compiled
 
 
