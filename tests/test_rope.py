@@ -20,7 +20,7 @@ from varlen_vision.parity import relative_error
 torch.manual_seed(0)
 for tokens, heads, head_dim, dtype in (
     (1, 1, 8, torch.float32), (37, 3, 80, torch.float32), (5, 16, 72, torch.float32),
-    (33, 2, 128, torch.bfloat16), (9, 4, 64, torch.float16),
+    (33, 2, 128, torch.bfloat16), (9, 4, 64, torch.float16), (7, 3, 20, torch.float32),
 ):
     packed = torch.randn(tokens, 3, heads, head_dim).to(dtype)
     angles = torch.rand(tokens, head_dim) * 6.28

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_UNIT = 8  # elements: 16 bytes in half precision
 _ROWS = 32  # rows (token, head) per program; 32 rows of 128 keep every thread busy with 16-byte accesses
 
 
@@ -32,7 +33,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     q_stride_head,
     k_stride_token,
     k_stride_head,
-    table_stride,
+    UNIT: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,10 +51,11 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < HALF)[None, :]
 
-    first = source + (token * stride_token + head * stride_head)[:, None] + column[None, :]
+    # Strides in units tell Triton that rows are aligned, which it does not see of a head_dim of 72.
+    first = source + ((token * stride_token + head * stride_head) * UNIT)[:, None] + column[None, :]
     x1 = tl.load(first, mask=mask).to(tl.float32)
     x2 = tl.load(first + HALF, mask=mask).to(tl.float32)
-    table = (token * table_stride)[:, None] + column[None, :]
+    table = (token * (2 * HALF))[:, None] + column[None, :]
     cos1 = tl.load(cos + table, mask=mask).to(tl.float32)
     cos2 = tl.load(cos + table + HALF, mask=mask).to(tl.float32)
     sin1 = tl.load(sin + table, mask=mask).to(tl.float32)
@@ -74,6 +76,8 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) ->
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     rows = [x.shape[0] * x.shape[1] for x in (q, k)]
     half = q.shape[-1] // 2
+    strides = (*q.stride()[:2], *k.stride()[:2])
+    unit = 1 if any(stride % _UNIT for stride in strides) else _UNIT
     grid = (triton.cdiv(max(rows), _ROWS), 2)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
@@ -87,9 +91,8 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) ->
             *rows,
             q.shape[1],
             k.shape[1],
-            *q.stride()[:2],
-            *k.stride()[:2],
-            cos.stride(0),
+            *(stride // unit for stride in strides),
+            UNIT=unit,
             HALF=half,
             BLOCK=triton.next_power_of_2(half),
             ROWS=_ROWS,
