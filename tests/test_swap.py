@@ -6,7 +6,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,26 @@ def test_a_failure_halfway_through_the_change_is_undone(
 
     monkeypatch.setattr(block, "__setattr__", failing)
     with pytest.raises(MemoryError, match="no room"):
+        swap_attention(model)
+    monkeypatch.undo()
+    assert_untouched(model, before, output)
+
+
+@pytest.mark.parametrize("lost", [torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize("where", ["ours", "original"])
+def test_what_the_gpu_says_is_no_verdict_on_a_block(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, where: str, lost: type[RuntimeError]
+) -> None:
+    """Short memory while a block is checked is short memory, and no attention of another kind."""
+    before, output = modules(model), run(model)
+    owner, name = (reference, "run") if where == "ours" else (type(model.blocks[0].attn), "forward")
+
+    @wraps(getattr(owner, name))
+    def failing(*args: object, **kwargs: object) -> None:
+        raise lost("no room")
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(lost, match="no room"):
         swap_attention(model)
     monkeypatch.undo()
     assert_untouched(model, before, output)

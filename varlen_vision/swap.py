@@ -96,6 +96,8 @@ def swap_attention(
             on the meta device, or a module that is not built as attention commonly is.
         KernelError: an unknown kernel, or one that cannot run on this model.
         ParityError: a block differs from the original; nothing was changed.
+        torch.OutOfMemoryError: the check, which needs some 200 MB beside the model, did not fit; nothing was
+            changed.
     """
     check_kernel(kernel, options)
     warn_if_untested(transformers.__version__)

@@ -30,6 +30,8 @@ LONG = (1111, 1025)
 SCORE_STD = 2.0
 
 _REJECTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+# Runtime errors too, but they say nothing of the module.
+_OF_THE_GPU = (torch.OutOfMemoryError, torch.AcceleratorError)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -77,7 +79,7 @@ def verify_block(block: VarlenAttention, device: torch.device, dtype: torch.dtyp
     with _in_eval(block.__dict__["original"]), _in_eval(block):
         try:
             found = [_verify_batch(block, Segments.from_lengths(n, device), dtype) for n in batches]
-        except VarlenVisionError:
+        except (VarlenVisionError, *_OF_THE_GPU):
             raise
         except _REJECTED as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -229,6 +231,8 @@ def _originals(
             try:
                 # forward, not the call: hooks that the user put on the module should not see this batch.
                 output = _output(original.forward(states, **way, **position))
+            except _OF_THE_GPU:
+                raise
             except _REJECTED as error:
                 problems[f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"] = None
                 continue

@@ -108,11 +108,17 @@ def test_short_memory_splits_batches(tower: Path, folder: Path, tmp_path: Path) 
     options = Options(folder, tmp_path / "all", device="cuda:0", budget=10**6, quiet=True)
     _let_go()
     torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated()  # of tests before, which may keep towers
-    assert run(job, options).account.split == 0
-    needed = torch.cuda.max_memory_allocated() - others
+    model = job.load("cuda:0")
+    loading = torch.cuda.max_memory_reserved()
+    del model
     _let_go()
-    little = (torch.cuda.memory_reserved() + 0.8 * needed) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.reset_peak_memory_stats()
+    assert run(job, options).account.split == 0
+    needed = torch.cuda.max_memory_allocated()
+    _let_go()
+    # Enough to load and to check the blocks, and not for all images at once.
+    assert loading < needed, (loading, needed)
+    little = (loading + needed) / 2 / torch.cuda.get_device_properties(0).total_memory
     try:
         torch.cuda.set_per_process_memory_fraction(little, 0)
         ended = run(job, Options(folder, tmp_path / "little", device="cuda:0", budget=10**6, quiet=True))
