@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from varlen_vision.tower.residual import fold_residual
+
 _PATCHES = {"shape_padding": False}
 ROW = 2048
 """Channels of the longest row that is kept in registers: eight per thread of eight warps."""
@@ -25,6 +27,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.virtualized import V
 
+    fold_residual(graph)
     with V.set_choices_handler(choices()()):
         return compile_fx(graph, inputs, config_patches=_PATCHES)
 
