@@ -24,7 +24,7 @@ from varlen_vision.plan import (
 )
 from varlen_vision.plan import frames as frames_module
 from varlen_vision.plan.cache import PARTS
-from varlen_vision.plan.frames import Array, add_runs, fill_runs, places, write_frames
+from varlen_vision.plan.frames import Array, add_runs, fill_runs, in_windows, places, write_frames
 
 INPUTS = (
     Positions(2),
@@ -127,12 +127,27 @@ def test_a_size_is_written_once() -> None:
     assert into.tolist() == [22, 22, 41]
 
 
-def test_an_order_of_windows_is_kept_for_its_width() -> None:
-    item = WindowOrder(WindowLayout(112, 14, 2))
-    written(item, [(1, 8, 10), (1, 22, 10), (1, 8, 12)])
-    assert len(PARTS) == 3  # of whole and of less tall bands
-    written(item, [(2, 30, 10), (1, 16, 12)])
-    assert len(PARTS) == 3
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (5, 9), (9, 3), (3, 257), (6, 1030)])
+def test_units_window_by_window(height: int, width: int) -> None:
+    """Of an image of units, windows of 4 by 4; also wider than what is kept."""
+    expected = [
+        row * width + column
+        for top in range(0, height, 4)
+        for left in range(0, width, 4)
+        for row in range(top, min(top + 4, height))
+        for column in range(left, min(left + 4, width))
+    ]
+    (made,) = written(WindowOrder(WindowLayout(112, 14, 2)), [(1, 2 * height, 2 * width)])
+    assert made.tolist() == expected
+    assert len(PARTS) == 0
+
+
+def test_what_is_kept_of_windows_is_not_written_into() -> None:
+    before = [array.copy() for array in in_windows(64, 4, 4)]
+    written(WindowOrder(WindowLayout(112, 14, 2)), [(2, 30, 10), (1, 16, 12)])
+    assert all(map(np.array_equal, in_windows(64, 4, 4), before))
+    with pytest.raises(ValueError, match="read-only"):
+        in_windows(64, 4, 4)[0][0] = 1
 
 
 def test_numpy_integers_are_whole_numbers() -> None:

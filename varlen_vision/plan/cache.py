@@ -85,7 +85,7 @@ class ByteCache:
 
 
 PARTS = ByteCache()
-"""Of sizes of images: orders of windows, and what resampling takes along an axis."""
+"""Of sizes of images: what resampling takes along an axis."""
 
 BATCHES = ByteCache()
 """Of whole batches: a plan per (recipe, grids, device, stream)."""

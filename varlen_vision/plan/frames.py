@@ -76,6 +76,36 @@ def _places(height: int, width: int, merge: int) -> Places:
     return Places(both, row, column)
 
 
+def in_windows(units: int, tall: int, side: int) -> tuple[Array, Array]:
+    """Row and column of so many units of a band, window by window; not to be written into.
+
+    Args:
+        units: that the band has, `tall` times a multiple of `side`.
+        tall: units that the band is high.
+        side: units that a window is wide.
+
+    Returns:
+        Two arrays, (units,) int64. How wide the band is only says where they end.
+    """
+    row, column = _ordinary_windows(tall, side)
+    if units > len(row):
+        row, column = _windows(units, tall, side)
+    return row[:units], column[:units]
+
+
+@cache
+def _ordinary_windows(tall: int, side: int) -> tuple[Array, Array]:
+    row, column = _windows(tall * side * -(-_ORDINARY // side), tall, side)
+    row.flags.writeable = column.flags.writeable = False
+    return row, column
+
+
+def _windows(units: int, tall: int, side: int) -> tuple[Array, Array]:
+    window, inside = np.divmod(np.arange(units), tall * side)
+    row, column = np.divmod(inside, side)
+    return row, column + window * side
+
+
 def write_frames(
     into: Array, grids: Iterable[Grid], write: Callable[[Array, int, int], None], area: int = 1
 ) -> None:

@@ -16,8 +16,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
-from varlen_vision.plan.frames import Array, Field, add_runs, fill_runs, places, write_frames
+from varlen_vision.plan.frames import (
+    Array,
+    Field,
+    add_runs,
+    fill_runs,
+    in_windows,
+    places,
+    write_frames,
+)
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import WindowLayout
 
@@ -155,22 +162,33 @@ class WindowOrder(TowerInput):
         size = side * width
         end = bands * size
         if bands:
-            starts = np.arange(0, end, size)[:, None]
-            np.add(starts, self._band(side, width), out=into[:end].reshape(bands, size))
+            first = into[:size]
+            self._band(first, side, width)
+            if bands > 1:
+                starts = np.arange(size, end, size)[:, None]
+                np.add(starts, first, out=into[size:end].reshape(-1, size))
         if tall:
-            np.add(self._band(tall, width), end, out=into[end:])
+            last = into[end:]
+            self._band(last, tall, width)
+            last += end
 
-    def _band(self, tall: int, width: int) -> Array:
+    def _band(self, into: Array, tall: int, width: int) -> None:
         """Order of the units in one band of windows, `tall` units high, of an image `width` units wide."""
         side = self.layout.side
+        wide = width % side
+        end = tall * (width - wide)
+        _order(into[:end], tall, width, side)
+        if wide:  # the last window is less wide
+            edge = into[end:]
+            _order(edge, tall, width, wide)
+            edge += width - wide
 
-        def made() -> tuple[Array, int]:
-            units, whole = np.arange(tall * width).reshape(tall, width), width // side * side
-            squares = units[:, :whole].reshape(tall, -1, side).transpose(1, 0, 2)
-            order = np.concatenate((squares.ravel(), units[:, whole:].ravel()))
-            return order, order.nbytes + BYTES_PER_ENTRY
 
-        return PARTS.get((self.key, tall, width), made)
+def _order(into: Array, tall: int, width: int, side: int) -> None:
+    """Units window by window, of whole windows `side` wide and `tall` high in an image `width` units wide."""
+    row, column = in_windows(len(into), tall, side)
+    np.multiply(row, width, out=into)
+    into += column
 
 
 @dataclass(frozen=True)

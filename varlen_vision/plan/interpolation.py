@@ -74,13 +74,14 @@ class Interpolation(TowerInput):
         first = dict(zip(sizes, accumulate(sizes, initial=0), strict=False))
         taps, weights = _axes(self, tuple(sizes))
         merge, shape = self.merge_size, (len(taps), taps.shape[1] ** 2)
+        frames = {size: places(*size, merge) for size in {(height, width) for _, height, width in seen}}
 
         def row(into: Array, height: int, width: int) -> None:
-            rows = places(height, width, merge).row
+            rows = frames[height, width].row
             np.add(rows, np.int32(first[height]), out=into.reshape(rows.shape))
 
         def column(into: Array, height: int, width: int) -> None:
-            columns = places(height, width, merge).column
+            columns = frames[height, width].column
             np.add(columns, np.int32(first[width]), out=into.reshape(columns.shape))
 
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from varlen_vision.plan.grids import Grid
@@ -53,7 +54,7 @@ class WindowLayout:
     patch_size: int
     merge_size: int
 
-    @property
+    @cached_property
     def side(self) -> int:
         """Merge units per side of a whole window."""
         return self.window_size // self.merge_size // self.patch_size
