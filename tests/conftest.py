@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from shutil import which
 
 import pytest
 import torch
@@ -26,3 +27,15 @@ def fresh_compiler() -> Iterator[None]:
     yield
     torch._dynamo.config.error_on_recompile = False
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def inductor(fresh_compiler: None) -> Iterator[None]:
+    """torch.compile's inductor works on a CPU, and in this process alone."""
+    if which("g++") is None and which("clang++") is None:
+        pytest.skip("needs a C++ compiler")
+    from torch._inductor import config
+
+    # Not monkeypatch: taking an option of inductor back by setattr hides it from then on.
+    with config.patch(compile_threads=1):
+        yield

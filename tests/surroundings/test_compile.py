@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
-from shutil import which
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor
 
 from tests.surroundings.same import (
     MANY_SIZES,
@@ -92,9 +90,7 @@ def test_deeper_towers_need_no_more_graphs() -> None:
     assert len(model.blocks) == 12 and counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="needs a C++ compiler")
-def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # in this process
+def test_inductor(inductor: None) -> None:
     original, swapped = tower(), tower()
     swap_attention(swapped)
     swapped.blocks[1].attn.compile(fullgraph=True, dynamic=True)

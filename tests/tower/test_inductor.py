@@ -47,13 +47,13 @@ def test_what_inductor_keeps_stays_kept(channels: int, hint: ReductionHint, coop
     assert kept(channels, hint, cooperative) == kept(channels, hint, cooperative, InductorChoices)
 
 
-def test_other_reductions_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_reductions_are_left_to_inductor() -> None:
     assert not kept(ROW + 1, INNER)
     assert not kept(1280, OUTER)
     assert not kept(sympy.Symbol("s0", integer=True, positive=True), INNER)
     assert not kept(1280, INNER, cooperative=True) or kept(1280, INNER, True, InductorChoices)
-    monkeypatch.setattr(config.triton, "persistent_reductions", False)
-    assert not kept(1280, INNER)
+    with config.patch({"triton.persistent_reductions": False}):
+        assert not kept(1280, INNER)
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 def test_blocks_are_compiled_with_these_choices_and_others_are_not(
-    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+    inductor: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[type] = []
     compile_fx = backend.compile_fx

@@ -141,7 +141,7 @@ def test_the_operator(shape: tuple[int, ...], contiguous: bool) -> None:
 
 
 @pytest.mark.parametrize("name", [GATED, PLAIN])
-def test_every_block_of_a_tower_ends_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_of_a_tower_ends_so(name: str, inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[bool] = []
 
     def spied(graph: torch.fx.GraphModule) -> bool:
