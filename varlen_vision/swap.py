@@ -97,7 +97,7 @@ def swap_attention(
         KernelError: an unknown kernel, or one that cannot run on this model.
         ParityError: a block differs from the original; nothing was changed.
         torch.OutOfMemoryError: the check, which needs some 200 MB beside the model, did not fit; nothing was
-            changed.
+            changed. `verify=False` goes without it.
     """
     check_kernel(kernel, options)
     warn_if_untested(transformers.__version__)

@@ -30,8 +30,6 @@ LONG = (1111, 1025)
 SCORE_STD = 2.0
 
 _REJECTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
-# Runtime errors too, but they say nothing of the module.
-_OF_THE_GPU = (torch.OutOfMemoryError, torch.AcceleratorError)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -79,9 +77,11 @@ def verify_block(block: VarlenAttention, device: torch.device, dtype: torch.dtyp
     with _in_eval(block.__dict__["original"]), _in_eval(block):
         try:
             found = [_verify_batch(block, Segments.from_lengths(n, device), dtype) for n in batches]
-        except (VarlenVisionError, *_OF_THE_GPU):
+        except VarlenVisionError:
             raise
         except _REJECTED as error:
+            if _short_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise CannotRun(f"it does not run as the common shape does: {reason}") from error
     worst = max((verdict for _, verdict in found), key=_badness)
@@ -231,9 +231,9 @@ def _originals(
             try:
                 # forward, not the call: hooks that the user put on the module should not see this batch.
                 output = _output(original.forward(states, **way, **position))
-            except _OF_THE_GPU:
-                raise
             except _REJECTED as error:
+                if _short_of_memory(error):
+                    raise
                 problems[f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"] = None
                 continue
             if output.numel() == output.shape[-1] * hidden.shape[0]:
@@ -243,6 +243,11 @@ def _originals(
             problems[f"its output has shape {tuple(output.shape)}"] = None
     if not ran:
         raise CannotRun("the original cannot be run on a packed batch: " + "; ".join(problems))
+
+
+def _short_of_memory(error: Exception) -> bool:
+    """Whether an error says nothing of the module: a GPU's memory, or that of a library on it, ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
 
 
 @contextmanager

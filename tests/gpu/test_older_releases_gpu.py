@@ -60,6 +60,7 @@ def test_the_same_output_with_fewer_stops(name: str, on_host: bool, monkeypatch:
     assert before.synchronisations is not None and after.synchronisations is not None
     counts = f"{name}, grids on the host {on_host}: before {before}, after {after}"
     print(counts)
-    # A copy that is left is of lengths which the forward itself makes into a tensor on the GPU.
-    assert after.copies_to_host <= before.copies_to_host, counts
+    # One copy of Qwen2.5-VL's with grids on the host is there before and after; it is made in its forward.
+    left = name == "qwen2_5_vl" and on_host
+    assert after.copies_to_host < before.copies_to_host or before.copies_to_host == left, counts
     assert after.synchronisations < before.synchronisations or before.synchronisations == 0, counts

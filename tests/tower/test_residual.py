@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.surroundings.same import assert_same, run
 from tests.tower.odd import GATED, PLAIN, odd_tower
@@ -69,6 +70,17 @@ def test_the_same_in_one_product(ends: Ends, bias: bool, shape: tuple[int, ...])
     assert torch.equal(hidden, before)
 
 
+def right_before(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    product = block.last(y)
+    y.zero_()  # after it was read
+    return x + product
+
+
+def twice(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    product = block.last(y)
+    return product + product
+
+
 def returned_too(block: Block, x: Tensor, y: Tensor) -> Any:
     return x + block.last(y), x
 
@@ -94,7 +106,9 @@ def wider(block: Block, x: Tensor, y: Tensor) -> Tensor:
     return x.double() + block.last(y)
 
 
-@pytest.mark.parametrize("ends", [returned_too, used_twice, scaled, broadcast, no_product, wider])
+@pytest.mark.parametrize(
+    "ends", [right_before, twice, returned_too, used_twice, scaled, broadcast, no_product, wider]
+)
 def test_other_ends_stay(ends: Ends) -> None:
     block, hidden = Block(ends), torch.randn(5, 8)
     with torch.no_grad():
@@ -113,6 +127,54 @@ def test_an_input_is_not_written_into() -> None:
     with torch.no_grad():
         _, said = compiled(block, hidden)
     assert said == [False] and torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nor_is_a_view_of_it(bias: bool) -> None:
+    class View(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden.view(-1, 8) + self.last(self.first(hidden.view(-1, 8)))
+
+    block, hidden = View(returned_too, bias), torch.randn(1, 5, 8)
+    before = hidden.clone()
+    with torch.no_grad():
+        (found,), said = compiled(block, hidden)
+        torch.testing.assert_close(found, block(hidden))
+    assert said == [True] and torch.equal(hidden, before)
+
+
+def test_gradients_inside_of_no_grad_are_kept() -> None:
+    def trained(block: Block, x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return x + block.last(y.detach())
+
+    block = Block(trained)
+    with torch.no_grad():
+        (found,), said = compiled(block, torch.randn(5, 8))
+    assert said == [False] and found.requires_grad
+
+
+def test_weights_of_other_kinds_keep_the_sum() -> None:
+    """Their dispatch knows no operator of ours."""
+    block, hidden = Block(lambda block, x, y: x + block.last(y)), torch.randn(5, 8)
+    block.last.weight = nn.Parameter(TwoTensor(block.last.weight.data, block.last.weight.data))
+    with torch.no_grad():
+        _, said = compiled(block, hidden)
+    assert said == [False]
+
+
+def test_a_sum_that_broadcasts_binds_no_sizes() -> None:
+    block = Block(broadcast)
+    with torch.no_grad():
+        _, said = compiled(block, *(torch.randn(tokens, 8) for tokens in (5, 6, 8, 9)))
+    assert said == [False]  # one graph
+
+
+def test_devices_without_autocast() -> None:
+    block = Block(lambda block, x, y: x + block.last(y)).to("meta")
+    with torch.no_grad():
+        (found,), said = compiled(block, torch.randn(5, 8, device="meta"))
+    assert said == [True] and found.shape == (5, 8)
 
 
 def test_gradients_and_autocast_keep_the_sum() -> None:

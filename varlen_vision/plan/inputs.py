@@ -177,7 +177,8 @@ class WindowOrder(TowerInput):
         side = self.layout.side
         wide = width % side
         end = tall * (width - wide)
-        _order(into[:end], tall, width, side)
+        if end:
+            _order(into[:end], tall, width, side)
         if wide:  # the last window is less wide
             edge = into[end:]
             _order(edge, tall, width, wide)

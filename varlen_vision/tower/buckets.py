@@ -28,9 +28,9 @@ _SHORT = 64
 _ALIGNMENT = 16  # bytes
 # The keyword with the order of windows, and our name for its inverse.
 _ORDER, _INVERSE = "window_index", "window_index, inverse"
-# Up to so many patches, batches are rounded up to a multiple of the step beside it. What 256 patches or fewer
-# take is launches, whatever their number.
-_STEPS = ((256, 256), (1024, 64), (2048, 128), (8192, 256), (16384, 512), (65536, 2048))
+# Up to so many patches, batches are rounded up to a multiple of the step beside it. Finer steps leave too
+# little room to bring the number of images to one of a few: batches of mixed sizes would share few graphs.
+_STEPS = ((4096, 256), (16384, 512), (65536, 2048))
 
 
 def bucket_tokens(tokens: int) -> int | None:

@@ -17,9 +17,12 @@ import torch
 
 from varlen_vision.tower.residual import fold_residual
 
-_PATCHES = {"shape_padding": False}
 ROW = 2048
 """Channels of the longest row that is kept in registers: eight per thread of eight warps."""
+
+# Names of kernels are cut after ten operations by default. Eleven changes little but the key under which
+# inductor caches what it compiled, which knows nothing of the choices below.
+_PATCHES = {"shape_padding": False, "kernel_name_max_ops": 11}
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -28,22 +31,25 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.virtualized import V
 
     fold_residual(graph)
-    with V.set_choices_handler(choices()()):
+    theirs: Any = type(V.choices)
+    with V.set_choices_handler(choices(theirs)()):
         return compile_fx(graph, inputs, config_patches=_PATCHES)
 
 
 @cache
-def choices() -> Any:
-    """The class of inductor's choices; importing inductor takes a second, which not everyone needs to pay."""
+def choices(base: Any) -> Any:
+    """The choices of `base`, a class of InductorChoices, but for norms.
+
+    Importing inductor takes a second, which not everyone needs to pay.
+    """
     from torch._inductor import config
-    from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
 
-    class Choices(InductorChoices):
+    class Choices(base):
         @staticmethod
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+            if base.should_use_persistent_reduction(features, cooperative_reduction):
                 return True
             along_rows = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
             if not along_rows or not config.triton.persistent_reductions:

@@ -2,8 +2,8 @@
 
 A block ends with what its MLP gives added to what came before. Written apart, the sum reads both from memory
 and writes the result; a product can begin with what is there already (cuBLAS's beta) and write once. The bias
-is added to what came before, which the kernel of the norm between writes anyway. There is one rounding less,
-too: that of the product alone.
+is added to what came before, which the kernel of the norm between writes anyway. Roundings are as many as
+written out: of `x + bias`, and of the product's sum with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from varlen_vision.operators import define
 
@@ -23,47 +25,59 @@ def fold_residual(graph: fx.GraphModule) -> bool:
     """Let a graph that returns `x + linear(y, weight, bias)` begin with `x + bias` and add the product to it.
 
     Args:
-        graph: as torch.compile hands it to a backend; changed where it ends so, x is worked out inside, and
-            no gradients are asked for, which the operator does not give.
+        graph: as torch.compile hands it to a backend; changed where it ends so, x is worked out inside, all
+            are plain tensors of one dtype, and the result has no gradient, which the operator does not give.
 
     Returns:
         Whether it was changed.
     """
     (output,) = graph.graph.find_nodes(op="output")
     ends = output.args[0]
-    if not isinstance(ends, (tuple, list)) or len(ends) != 1 or _trained(graph):
+    if not isinstance(ends, (tuple, list)) or len(ends) != 1:
         return False
     total = ends[0]
     if total.op != "call_function" or total.target not in _SUMS or len(total.args) != 2 or total.kwargs:
         return False
     for before, product in (total.args, total.args[::-1]):
-        if _is_product(product) and _suits(before, product):
+        if before is not product and _is_product(product, total) and _suits(before, product, total):
             _fold(graph, total, before, product)
             return True
     return False
 
 
-def _is_product(node: object) -> bool:
-    """Whether a node is a linear layer whose result nothing else reads."""
+def _is_product(node: object, total: fx.Node) -> bool:
+    """Whether a node is a linear layer that only the sum reads, and right before it.
+
+    What stands between may write into what the layer reads, which is to happen after it.
+    """
     return (
         isinstance(node, fx.Node)
         and node.op == "call_function"
         and node.target is F.linear
         and not node.kwargs
         and len(node.users) == 1
+        and node.next is total
     )
 
 
-def _suits(before: object, product: fx.Node) -> bool:
+def _suits(before: object, product: fx.Node, total: fx.Node) -> bool:
     """Whether a product can be added to what came before in place: alike, and nobody else's."""
     if not isinstance(before, fx.Node) or before.op == "placeholder":
         return False
-    first, result = _value(before), _value(product)
-    if first is None or result is None or torch.is_autocast_enabled(first.device.type):
+    # A layer without a bias may say so by None.
+    read = [argument for argument in product.args if argument is not None]
+    tensors = [_value(node) for node in (before, product, total, *read)]
+    known = [tensor for tensor in tensors if tensor is not None and not _wraps(tensor)]
+    if len(known) < len(tensors) or any(tensor.requires_grad for tensor in known[:3]):
         return False
-    tensors = (result, *map(_value, product.args[:2]))
-    kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
-    return kinds == {(first.dtype, first.device)} and None not in tensors and result.shape == first.shape
+    first, result = known[:2]
+    if len({(tensor.dtype, tensor.device) for tensor in known}) != 1 or first.ndim != result.ndim:
+        return False
+    kind = first.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return False
+    # Asking symbols whether they are equal would bind the graph to the answer.
+    return all(statically_known_true(a == b) for a, b in zip(first.shape, result.shape, strict=True))
 
 
 def _fold(graph: fx.GraphModule, total: fx.Node, before: fx.Node, product: fx.Node) -> None:
@@ -84,9 +98,9 @@ def _fold(graph: fx.GraphModule, total: fx.Node, before: fx.Node, product: fx.No
     graph.recompile()
 
 
-def _trained(graph: fx.GraphModule) -> bool:
-    inputs = map(_value, graph.graph.find_nodes(op="placeholder"))
-    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+def _wraps(tensor: object) -> bool:
+    """Whether it is a quantised, sharded or such tensor, whose dispatch knows no operator of ours."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def _value(node: object) -> Tensor | None:
