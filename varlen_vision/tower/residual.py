@@ -36,7 +36,7 @@ def fold_residual(graph: fx.GraphModule) -> bool:
     if not isinstance(ends, (tuple, list)) or len(ends) != 1:
         return False
     total = ends[0]
-    if total.op != "call_function" or total.target not in _SUMS or len(total.args) != 2 or total.kwargs:
+    if not isinstance(total, fx.Node) or total.target not in _SUMS or len(total.args) != 2 or total.kwargs:
         return False
     for before, product in (total.args, total.args[::-1]):
         if before is not product and _is_product(product, total) and _suits(before, product, total):
