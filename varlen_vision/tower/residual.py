@@ -39,20 +39,21 @@ def fold_residual(graph: fx.GraphModule) -> bool:
     if not isinstance(total, fx.Node) or total.target not in _SUMS or len(total.args) != 2 or total.kwargs:
         return False
     for before, product in (total.args, total.args[::-1]):
-        if before is not product and _is_product(product, total) and _suits(before, product, total):
+        if not isinstance(before, fx.Node) or not isinstance(product, fx.Node) or before is product:
+            continue
+        if _is_product(product, total) and _suits(before, product, total):
             _fold(graph, total, before, product)
             return True
     return False
 
 
-def _is_product(node: object, total: fx.Node) -> bool:
+def _is_product(node: fx.Node, total: fx.Node) -> bool:
     """Whether a node is a linear layer that only the sum reads, and right before it.
 
     What stands between may write into what the layer reads, which is to happen after it.
     """
     return (
-        isinstance(node, fx.Node)
-        and node.op == "call_function"
+        node.op == "call_function"
         and node.target is F.linear
         and not node.kwargs
         and len(node.users) == 1
@@ -60,9 +61,9 @@ def _is_product(node: object, total: fx.Node) -> bool:
     )
 
 
-def _suits(before: object, product: fx.Node, total: fx.Node) -> bool:
+def _suits(before: fx.Node, product: fx.Node, total: fx.Node) -> bool:
     """Whether a product can be added to what came before in place: alike, and nobody else's."""
-    if not isinstance(before, fx.Node) or before.op == "placeholder":
+    if before.op == "placeholder":
         return False
     # A layer without a bias may say so by None.
     read = [argument for argument in product.args if argument is not None]
