@@ -31,7 +31,7 @@ from varlen_vision.scopes import scope_of
 from varlen_vision.segments import Segments
 from varlen_vision.tower.buckets import bucket_tokens, fill_up, filling, rounded_up
 from varlen_vision.tower.fingerprint import Fingerprint
-from varlen_vision.tower.graphs import GraphedTower, Record
+from varlen_vision.tower.graphs import MAX_GRAPHS, GraphedTower, Record
 from varlen_vision.vision_plan import VisionPlan
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -489,6 +489,11 @@ def test_buckets_hold_the_batch_at_little_cost(tokens: int) -> None:
     assert wanted is not None and wanted >= tokens
     assert wanted - tokens < max(256, 0.13 * tokens)
     assert bucket_tokens(65537) is None
+
+
+def test_batches_of_all_sizes_share_few_buckets() -> None:
+    """A bucket is recorded when it is met again: of many, few would be before their graphs are dropped."""
+    assert len({bucket_tokens(tokens) for tokens in range(1, 65537)}) <= 2 * MAX_GRAPHS
 
 
 @pytest.mark.parametrize("images", [1, 3, 16])
