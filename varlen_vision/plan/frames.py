@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 # Patches per side that ordinary images do not reach: up to here places are a slice of those kept for all.
 _ORDINARY = 256
-# Units per side of a window that ordinary towers have at most; what is kept of theirs is 0.6 MB.
+# Units per side of a window that ordinary towers have at most; what is kept of theirs is 1.2 MB at most.
 _SIDE = 8
 
 
