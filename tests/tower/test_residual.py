@@ -36,7 +36,7 @@ class Block(nn.Module):
         return self.ends(self, x, F.silu(self.first(x)))
 
 
-def compiled(block: Block, *inputs: Tensor, dynamic: bool = True) -> tuple[Any, list[bool]]:
+def compiled(block: Block, *inputs: Tensor) -> tuple[Any, list[bool]]:
     """What the block gives under torch.compile with the pass, and what that said of its graphs."""
     said: list[bool] = []
 
@@ -45,7 +45,7 @@ def compiled(block: Block, *inputs: Tensor, dynamic: bool = True) -> tuple[Any, 
         graph.graph.lint()
         return graph.forward
 
-    found = [torch.compile(block, backend=folding, dynamic=dynamic, fullgraph=True)(one) for one in inputs]
+    found = [torch.compile(block, backend=folding, dynamic=True, fullgraph=True)(one) for one in inputs]
     return found, said
 
 
@@ -70,7 +70,7 @@ def test_the_same_in_one_product(ends: Ends, bias: bool, shape: tuple[int, ...])
     assert torch.equal(hidden, before)
 
 
-def right_before(block: Block, x: Tensor, y: Tensor) -> Tensor:
+def written_between(block: Block, x: Tensor, y: Tensor) -> Tensor:
     product = block.last(y)
     y.zero_()  # after it was read
     return x + product
@@ -107,7 +107,7 @@ def wider(block: Block, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "ends", [right_before, twice, returned_too, used_twice, scaled, broadcast, no_product, wider]
+    "ends", [written_between, twice, returned_too, used_twice, scaled, broadcast, no_product, wider]
 )
 def test_other_ends_stay(ends: Ends) -> None:
     block, hidden = Block(ends), torch.randn(5, 8)
