@@ -91,7 +91,7 @@ def test_sides_that_no_ordinary_image_has(item: TowerInput, monkeypatch: pytest.
     """Beyond what is kept for all, places are worked out for the image."""
     grids = [(2, 6, 10), (2, 10, 22)]
     kept = written(item, grids)
-    monkeypatch.setattr(frames_module, "_ORDINARY", 8)
+    monkeypatch.setattr(frames_module, "ORDINARY", 8)
     for one, other in zip(kept, written(item, grids), strict=True):
         assert one.dtype == other.dtype and np.array_equal(one, other)
 

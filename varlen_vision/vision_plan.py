@@ -131,6 +131,8 @@ class VisionPlan:
         if "window_index" not in self.tensors:
             return None
         index = self.tensors["window_index"]
+        if "window_inverse" in self.tensors:  # written beside it
+            return self.tensors["window_inverse"]
         with ordinary_tensors():
             return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
@@ -272,16 +274,16 @@ def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return _make(rows, recipe, device)[0]
+            return _make(rows, recipe, device, alone=True)[0]
         stream = torch.cuda.current_stream(device).cuda_stream
     return BATCHES.get((recipe, rows, device, stream), lambda: _make(rows, recipe, device), VisionPlan.intact)
 
 
-def _make(rows: Rows, recipe: Recipe, device: torch.device) -> tuple[VisionPlan, int]:
+def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = False) -> tuple[VisionPlan, int]:
     grids = grids_from_rows(rows, recipe.merge_size)
     with ordinary_tensors():  # once, for all that is made inside
-        buffer, lengths = assemble(recipe, grids, pinned=device.type == "cuda")
-        plan = VisionPlan(recipe, grids, lengths, buffer.to(device))
+        buffer, lengths = assemble(recipe, grids, device, alone=alone)
+        plan = VisionPlan(recipe, grids, lengths, buffer)
         # Now, so that `intact` knows how the tensors were when nobody had them yet.
         size = sum(tensor.nbytes for tensor, _ in plan._versions)
     return plan, size + _BYTES_PER_SEGMENT * sum(map(len, lengths.values())) + _BYTES_PER_PLAN

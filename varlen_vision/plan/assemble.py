@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from varlen_vision.plan.buffer import Buffer
+from varlen_vision.plan.expand import HEAD, expansion
 from varlen_vision.plan.frames import Array, Field
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import plan_lengths
@@ -22,26 +24,42 @@ def cu_seqlens_name(kind: str) -> str:
 
 
 def assemble(
-    recipe: Recipe, grids: tuple[Grid, ...], *, pinned: bool
+    recipe: Recipe, grids: tuple[Grid, ...], device: torch.device, *, alone: bool = False
 ) -> tuple[Buffer, Mapping[str, tuple[int, ...]]]:
-    """All arrays of a batch in one block, and the lengths of its segments by kind of layer.
+    """All arrays of a batch in one block on a device, and the lengths of its segments by kind of layer.
+
+    One copy brings the block to a GPU, from page-locked memory, so that the host does not wait; or a part of
+    it, from which a kernel there writes the rest.
 
     Args:
         recipe: what the tower needs.
         grids: checked.
-        pinned: take page-locked memory, from which a copy to a GPU does not make the host wait.
+        device: where the block is to be.
+        alone: take nothing that is kept on the device for other plans.
     """
     lengths = plan_lengths(grids, recipe.layouts)
+    items = tuple(item for item in recipe.inputs if item.fits(grids))
+    expanding = None if alone else expansion(items, grids, device)
     fields = {"grid_thw": _grids(grids)}
-    for item in recipe.inputs:
-        if item.fits(grids):
+    if expanding is None:
+        for item in items:
             fields |= zip(item.names, item.fields(grids), strict=True)
     for kind, cut in lengths.items():
         fields[cu_seqlens_name(kind)] = _cumulative(cut)
-    buffer = Buffer.empty(((name, field.dtype, field.shape) for name, field in fields.items()), pinned=pinned)
+    wanted = [(name, field.dtype, field.shape) for name, field in fields.items()]
+    pinned = device.type == "cuda"
+    if expanding is None:
+        buffer = Buffer.empty(wanted, pinned=pinned)
+    else:
+        buffer = Buffer.empty([expanding.head(grids), *wanted], expanding.arrays(grids), pinned=pinned)
     into = buffer.arrays()
     for name, field in fields.items():
         field.write(into[name])
+    if expanding is None:
+        return buffer.to(device), lengths
+    expanding.write_head(into[HEAD], buffer.slots, grids)
+    buffer = buffer.to(device)
+    expanding.write(buffer.block, grids)
     return buffer, lengths
 
 

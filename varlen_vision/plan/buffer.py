@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,10 @@ _STEP = (1,)
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
+Wanted: TypeAlias = tuple[str, type[np.generic], tuple[int, ...]]
+"""Name, dtype and shape of an array."""
+
+
 class Slot(NamedTuple):
     """Where one array is: `offset` counts elements of `dtype`."""
 
@@ -41,29 +45,32 @@ class Buffer:
 
     Attributes:
         block: (n,) int64, as most of the arrays are.
-        slots: by name.
+        slots: by name; those whose names begin with an underscore are nobody's business.
         pinned: whether the block is known to be page-locked memory of the host.
+        room: int64 behind the block that slots reach into, once it is on a device that fills them.
     """
 
     block: Tensor
     slots: Mapping[str, Slot]
     pinned: bool = False
+    room: int = 0
 
     @classmethod
-    def empty(
-        cls, wanted: Iterable[tuple[str, type[np.generic], tuple[int, ...]]], *, pinned: bool
-    ) -> Buffer:
-        """Room for arrays of these names, dtypes and shapes; in page-locked memory where `pinned`."""
-        slots, end = {}, 0
-        for name, dtype, shape in wanted:
-            size = _BYTES[dtype]
-            slots[name] = Slot(dtype, end // size, shape)
-            end += prod(shape) * size
-            end += -end % ALIGNMENT
+    def empty(cls, wanted: Iterable[Wanted], behind: Iterable[Wanted] = (), *, pinned: bool) -> Buffer:
+        """Room for arrays.
+
+        Args:
+            wanted: of these.
+            behind: that the device is to fill; on the host there is no memory for them.
+            pinned: take page-locked memory.
+        """
+        slots: dict[str, Slot] = {}
+        end = _place(slots, wanted, 0)
+        whole = _place(slots, behind, end)
         with ordinary_tensors():
             # Named, since torch.set_default_device may say another.
             block = torch.empty(end // 8, dtype=torch.int64, device="cpu", pin_memory=pinned)
-            return cls(block, slots, pinned)
+            return cls(block, slots, pinned, (whole - end) // 8)
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
@@ -73,31 +80,48 @@ class Buffer:
             return {
                 name: seen[dtype].as_strided(shape, _strides(shape), offset)
                 for name, (dtype, offset, shape) in self.slots.items()
+                if name[0] != "_"
             }
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The same as numpy arrays, of a block in the memory of the host."""
+        """The same as numpy arrays, of a block in the memory of the host; but for what is behind it."""
         block = self.block.numpy()
         return {
             name: np.ndarray(shape, dtype, block, offset * _BYTES[dtype])
             for name, (dtype, offset, shape) in self.slots.items()
+            if offset * _BYTES[dtype] < block.nbytes
         }
 
     def to(self, device: torch.device) -> Buffer:
         """The same on `device`: one copy, for which the host does not wait where that is a GPU."""
-        if device == self.block.device:
+        if device == self.block.device and not self.room:
             return self
         with ordinary_tensors():
             block = self.block
             if device.type == "cuda" and block.device.type == "cpu" and not self.pinned:
                 block = block.pin_memory()
-            return Buffer(block.to(device, non_blocking=device.type == "cuda"), self.slots)
+            later = device.type == "cuda"
+            if not self.room:
+                return Buffer(block.to(device, non_blocking=later), self.slots)
+            whole = torch.empty(len(block) + self.room, dtype=torch.int64, device=device)
+            whole[: len(block)].copy_(block, non_blocking=later)
+            return Buffer(whole, self.slots)
 
 
 def ordinary_tensors() -> AbstractContextManager[object]:
     """No inference tensors are made here even where a model runs so: a plan may serve training next."""
     # Looking first is an order of magnitude cheaper than leaving a mode that nobody is in.
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+
+
+def _place(slots: dict[str, Slot], wanted: Iterable[Wanted], end: int) -> int:
+    """Give each array its place from the byte `end` on; returns where they end."""
+    for name, dtype, shape in wanted:
+        size = _BYTES[dtype]
+        slots[name] = Slot(dtype, end // size, shape)
+        end += prod(shape) * size
+        end += -end % ALIGNMENT
+    return end
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

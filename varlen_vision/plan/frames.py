@@ -18,7 +18,7 @@ from varlen_vision.plan.grids import Grid
 Array = npt.NDArray[Any]
 
 # Patches per side that ordinary images do not reach: up to here places are a slice of those kept for all.
-_ORDINARY = 256
+ORDINARY = 256
 # Units per side of a window that ordinary towers have at most; what is kept of theirs is 1.2 MB at most.
 _SIDE = 8
 
@@ -52,7 +52,7 @@ class Places(NamedTuple):
 
 def places(height: int, width: int, merge: int) -> Places:
     """Those of a frame of this size, in patches; not to be written into."""
-    if max(height, width) > _ORDINARY:
+    if max(height, width) > ORDINARY:
         return _places(height, width, merge)
     both, row, column = _ordinary(merge)
     units, patches = height // merge, width * merge
@@ -62,7 +62,7 @@ def places(height: int, width: int, merge: int) -> Places:
 @cache
 def _ordinary(merge: int) -> Places:
     """They begin with those of any smaller frame, so they are made once."""
-    side = -(-_ORDINARY // merge) * merge
+    side = -(-ORDINARY // merge) * merge
     made = _places(side, side, merge)
     for array in made:
         array.flags.writeable = False
@@ -89,7 +89,7 @@ def in_windows(units: int, tall: int, side: int) -> tuple[Array, Array]:
     Returns:
         Two arrays, (units,) int64. How wide the band is only says where they end.
     """
-    if side > _SIDE or units > tall * _ORDINARY:
+    if side > _SIDE or units > tall * ORDINARY:
         return _windows(units, tall, side)
     row, column = _ordinary_windows(tall, side)
     return row[:units], column[:units]
@@ -97,7 +97,7 @@ def in_windows(units: int, tall: int, side: int) -> tuple[Array, Array]:
 
 @lru_cache(_SIDE**2)
 def _ordinary_windows(tall: int, side: int) -> tuple[Array, Array]:
-    row, column = _windows(tall * side * -(-_ORDINARY // side), tall, side)
+    row, column = _windows(tall * side * -(-ORDINARY // side), tall, side)
     row.flags.writeable = column.flags.writeable = False
     return row, column
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from varlen_vision.plan.buffer import Wanted
 from varlen_vision.plan.frames import (
     Array,
     Field,
@@ -46,6 +47,15 @@ class TowerInput:
 
     def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
         """The arrays of a batch, one for each name; patches come first."""
+        raise NotImplementedError
+
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        """The arrays that a GPU writes in place of these (varlen_vision.plan.expand); T patches in all."""
+        raise NotImplementedError
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        """What it does so by: parameters of the kernel."""
         raise NotImplementedError
 
     @cached_property
@@ -123,6 +133,13 @@ class Positions(TowerInput):
 
         return (Field(np.int64, (patches(grids), 2 + self.temporal), write),)
 
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        return (("position_ids", np.int64, (patches, 2 + self.temporal)),)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"POSITIONS": self.merge_size, "TEMPORAL": int(self.temporal)}
+
     def _frame(self, into: Array, height: int, width: int) -> None:
         both = places(height, width, self.merge_size).both
         into[:, -2:].reshape(both.shape)[:] = both
@@ -154,6 +171,14 @@ class WindowOrder(TowerInput):
             add_runs(into, counts, starts(counts))
 
         return (Field(np.int64, (patches(grids) // area,), write),)
+
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        units = (patches // self.unit**2,)
+        return ("window_index", np.int64, units), ("window_inverse", np.int64, units)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"WINDOW_SIDE": self.layout.side, "WINDOW_UNIT": self.unit}
 
     def _frame(self, into: Array, height: int, width: int) -> None:
         # Windows come in bands, one above the other; the last may be less tall.
@@ -209,6 +234,13 @@ class FrameIndex(TowerInput):
 
         return (Field(np.int64, (patches(grids),), write),)
 
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        return (("frame_index", np.int64, (patches,)),)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"FRAME_INDEX": 1}
+
 
 @dataclass(frozen=True)
 class PixelShuffle(TowerInput):
@@ -233,6 +265,13 @@ class PixelShuffle(TowerInput):
             add_runs(into, counts, starts(counts))
 
         return (Field(np.int64, (patches(grids),), write),)
+
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        return (("pixel_shuffle_index", np.int64, (patches,)),)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"SHUFFLE": self.merge_size}
 
     def _frame(self, into: Array, height: int, width: int) -> None:
         step = self.merge_size * width
@@ -279,6 +318,14 @@ class TemporalMerge(TowerInput):
 
         return Field(np.int64, shape, destination), Field(np.float32, shape, weight)
 
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        destination, weight = self.names
+        return (destination, np.int64, (patches,)), (weight, np.float32, (patches,))
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"MERGE_TALL": self.kernel[0], "MERGE_WIDE": self.kernel[1]}
+
     def _frame(self, into: Array, height: int, width: int) -> None:
         """For each patch of a frame: its token times the patches that merge into one, plus its place."""
         tall, wide = self.kernel
@@ -311,14 +358,25 @@ class TemporalGather(TowerInput):
         return max(self.kernel)
 
     def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
-        counts = [_merged(grid, self.kernel) for grid in grids]
+        counts, shape = [_merged(grid, self.kernel) for grid in grids], self._shape(grids)
 
         def write(into: Array) -> None:
             made = {grid: self._index(grid) for grid in dict.fromkeys(grids)}
             np.concatenate([made[grid] for grid in grids], out=into)
             add_runs(into, counts, starts(per_image(grids)))
 
-        return (Field(np.int64, (sum(counts), grids[0][0], self.kernel[0] * self.kernel[1]), write),)
+        return (Field(np.int64, shape, write),)
+
+    def _shape(self, grids: Sequence[Grid]) -> tuple[int, ...]:
+        merged, frames = self.kernel[0] * self.kernel[1], grids[0][0]
+        return patches(grids) // (frames * merged), frames, merged
+
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        return (("temporal_merge_index", np.int64, self._shape(grids)),)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {"MERGE_TALL": self.kernel[0], "MERGE_WIDE": self.kernel[1], "GATHER": 1}
 
     def _index(self, grid: Grid) -> Array:
         frames, height, width = grid

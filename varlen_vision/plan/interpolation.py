@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from varlen_vision.plan.buffer import Wanted
 from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
-from varlen_vision.plan.frames import Array, Field, places, write_frames
+from varlen_vision.plan.frames import ORDINARY, Array, Field, places, write_frames
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.inputs import TowerInput, patches
 
@@ -95,10 +96,30 @@ class Interpolation(TowerInput):
             Field(np.float32, shape, partial(_by_column, axis=weights)),
         )
 
+    def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
+        shape = (patches, self.taps**2)
+        return ("interp_indices", np.int64, shape), ("interp_weights", np.float32, shape)
+
+    @property
+    def constants(self) -> Mapping[str, int]:
+        return {
+            "TAPS": self.taps,
+            "TABLE_SIDE": self.side,
+            "TABLE_UNIT": self.merge_size,
+            "TRANSPOSED": int(self.transposed),
+        }
+
+    @property
+    def taps(self) -> int:
+        """Per axis."""
+        return 2 if self.mode == "bilinear" else 4
+
     def of_method(self) -> Interpolation:
         return replace(self, linspace=True)
 
     def keywords(self, arrays: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        if "interp_indices" in arrays:  # multiplied out already
+            return {name: arrays[name] for name in self.keyword_names}
         row, column, row_taps, column_taps, row_weights, column_weights = (arrays[n] for n in self.names)
         indices = row_taps.index_select(0, row).add_(column_taps.index_select(0, column))
         weights = row_weights.index_select(0, row).mul_(column_weights.index_select(0, column))
@@ -119,14 +140,35 @@ def _axes(item: Interpolation, sizes: tuple[int, ...]) -> tuple[Array, Array]:
     """Taps and weights of all places on axes of these sizes: (sum of sizes, taps) int64 and float32."""
 
     def made() -> tuple[tuple[Array, Array], int]:
-        if item.linspace:
-            found = _linspaced(item, sizes)
-        else:
-            index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
-            found = _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
+        found = _made(item, sizes)
         return found, sum(array.nbytes for array in found) + BYTES_PER_ENTRY
 
-    return PARTS.get((item.key, sizes), made)
+    if sizes[-1] > ORDINARY:
+        return PARTS.get((item.key, sizes), made)
+    taps, weights = kept_axes(item)
+    rows = [(first := axis_start(size), first + size) for size in sizes]
+    return (
+        np.concatenate([taps[first:end] for first, end in rows]),
+        np.concatenate([weights[first:end] for first, end in rows]),
+    )
+
+
+@lru_cache(8)
+def kept_axes(item: Interpolation) -> tuple[Array, Array]:
+    """Taps and weights of all axes of 1, 2, ... patches that ordinary images have, made once."""
+    return _made(item, tuple(range(1, ORDINARY + 1)))
+
+
+def axis_start(size: int) -> int:
+    """Where in `kept_axes` the axis of so many patches begins."""
+    return size * (size - 1) // 2
+
+
+def _made(item: Interpolation, sizes: tuple[int, ...]) -> tuple[Array, Array]:
+    if item.linspace:
+        return _linspaced(item, sizes)
+    index = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
+    return _axis(item, index, np.array(sizes, np.float32).repeat(sizes))
 
 
 def _linspaced(item: Interpolation, sizes: tuple[int, ...]) -> tuple[Array, Array]:

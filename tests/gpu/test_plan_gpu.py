@@ -1,0 +1,62 @@
+"""Plans that the GPU writes, against those of the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.expanded import RECIPES, batches, check, fitting
+from varlen_vision.plan import clear_plan_cache, expand
+from varlen_vision.plan.expand import HEAD
+from varlen_vision.vision_plan import VisionPlan
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_plan_cache()
+    monkeypatch.setattr(expand, "LARGE", 0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_gpu_writes_is_what_the_host_writes(name: str) -> None:
+    recipe = RECIPES[name]
+    for grids in batches(recipe.merge_size, 60, 80):
+        grids = fitting(recipe, grids)
+        check(*(VisionPlan.from_grid(grids, recipe, device=device) for device in ("cuda", "cpu")))
+
+
+def test_a_thousand_images_and_a_long_video() -> None:
+    recipe = RECIPES["Qwen2.5-VL"]
+    many = [(1, 4 + 2 * (index % 7), 4 + 2 * (index % 11)) for index in range(1000)]
+    for grids in (many, [(600, 32, 32)], [*many[:3], (300, 34, 22), *many[:3]]):
+        check(*(VisionPlan.from_grid(grids, recipe, device=device) for device in ("cuda", "cpu")))
+
+
+def test_axes_that_no_table_has() -> None:
+    """Sides of more than 256 patches: the host writes them, and all of it is copied."""
+    recipe, grids = RECIPES["Qwen3-VL"], [(1, 4, 300), (2, 8, 8)]
+    there, here = (VisionPlan.from_grid(grids, recipe, device=device) for device in ("cuda", "cpu"))
+    assert HEAD not in there.buffer.slots
+    for name, value in here.keywords().items():
+        assert torch.equal(there.keywords()[name].cpu(), value), name
+
+
+def test_another_stream_has_tables_of_its_own() -> None:
+    recipe, grids = RECIPES["Qwen3-VL"], [(1, 20, 32)]
+    here = VisionPlan.from_grid(grids, recipe)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        clear_plan_cache()
+        check(VisionPlan.from_grid(grids, recipe, device="cuda"), here)
+
+
+def test_in_a_graph_nothing_kept_is_used() -> None:
+    recipe, grids = RECIPES["Qwen2-VL"], [(1, 20, 32)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = VisionPlan.from_grid(grids, recipe, device="cuda")
+    graph.replay()
+    here = VisionPlan.from_grid(grids, recipe)
+    assert HEAD not in plan.buffer.slots
+    assert torch.equal(plan.tensors["position_ids"].cpu(), here.tensors["position_ids"])

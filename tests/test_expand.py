@@ -1,0 +1,50 @@
+"""Plans that a GPU writes itself (tests/gpu has the kernel compiled), and when it does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.expanded import RECIPES
+from varlen_vision.plan import FrameIndex, Positions, expand
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted_expand"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "checked"
+
+
+def test_when_a_device_writes_them() -> None:
+    positions, resampled = RECIPES["Qwen3-VL"].inputs
+    ordinary, wide, many = [(1, 16, 256)], [(1, 16, 258)], [(1, 128, 128)]
+    with patch.object(expand, "_has_triton", lambda: True):
+        for items, grids, expected in (
+            ((positions,), many, True),
+            ((positions,), ordinary, False),  # sooner written than a kernel is launched
+            ((positions, resampled), ordinary, True),
+            ((positions, resampled), wide, False),  # no table has such an axis
+            ((positions, FrameIndex(), Positions(1)), many, False),  # two of a kind
+            ((), ordinary, False),
+        ):
+            assert (expand.expansion(items, grids, CUDA) is not None) == expected
+            assert expand.expansion(items, grids, torch.device("cpu")) is None
+    with patch.object(expand, "_has_triton", lambda: False):
+        assert expand.expansion((positions,), many, CUDA) is None
