@@ -174,12 +174,21 @@ def reads_grids_on_host(tower: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def _forward(tower: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Any:
+def _forward(tower: nn.Module, patches: Sequence[Tensor], grids: Sequence[Grid]) -> Any:
     device, dtype = placement(tower)
     grid_thw = torch.tensor(grids)
     if not reads_grids_on_host(tower):
         grid_thw = grid_thw.to(device)
-    return tower(patches.to(device, dtype), grid_thw=grid_thw)
+    return tower(_together(patches, device).to(device, dtype, non_blocking=True), grid_thw=grid_thw)
+
+
+def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One after the other; in page-locked memory for a GPU, which takes it faster, and PyTorch keeps it."""
+    if device.type != "cuda":
+        return torch.cat(list(parts))
+    rows = sum(map(len, parts))
+    into = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=True)
+    return torch.cat(list(parts), out=into)
 
 
 def encode_batch(
@@ -188,7 +197,7 @@ def encode_batch(
     """One forward; results by index."""
     grids = [image.grid for image in batch]
     counts = [height // merge * (width // merge) for _, height, width in grids]
-    output = _forward(tower, torch.cat([image.patches for image in batch]), grids)
+    output = _forward(tower, [image.patches for image in batch], grids)
     tokens = _split(_tokens(tower, output, sum(counts)), counts)
     deepstack = [_split(layer, counts) for layer in _deepstack(output)]
     results = {}

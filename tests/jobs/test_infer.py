@@ -101,7 +101,7 @@ def test_compare(tmp_path: Path) -> None:
     for row in found["paths"]:
         account = row["account"]
         assert account["images"] == account["done"] == 3
-        inside = sum(account["seconds"][name] for name in ("vision", "prefill", "generate", "wait", "write"))
+        inside = sum(account["seconds"][name] for name in ("vision", "prefill", "generate", "wait", "held"))
         assert 0 < inside <= account["wall"]
     assert "answers alike" in done.output and "100%" in done.output
     again = call("infer", folder, tmp_path / "out", *options)

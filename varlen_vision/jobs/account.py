@@ -22,7 +22,8 @@ PARTS: dict[str, str] = {
     "prefill": "prefill of the text part",
     "generate": "decode tokens",
     "rest": "rest of the model's steps",
-    "write": "write results",
+    "held": "model waits for writing",
+    "write": "write results (beside the model)",
 }
 
 
@@ -48,7 +49,7 @@ class Account:
         done, failed, left: items.
         images: that went through the model.
         wall: seconds of work, from the first item to the last, without loading.
-        seconds: by what for; those of worker processes pass beside the others.
+        seconds: by what for; those of worker processes, and of writing, pass beside the others.
         errors: items that failed, by kind.
         retried, mended: items that had failed and were done again, and those of them that no longer do.
         batches: steps of the model.
@@ -57,7 +58,7 @@ class Account:
         taken_over: chunks taken over from other processes.
         peak_mib: most GPU memory allocated; 0 on a CPU.
         processes: that ran batches while this one did; itself included.
-        all_images: of all of them.
+        all_images: that went through the models of all of them; two may have done the same one.
         all_seconds: from this one's first look for work to the last batch of any.
     """
 

@@ -151,4 +151,7 @@ class EncodeModel:
 
     def _to_host(self, parts: list[Tensor]) -> Sequence[Tensor]:
         """In one copy."""
-        return torch.split(torch.cat(parts).to(self._dtype).cpu(), [len(part) for part in parts])
+        whole = torch.cat(parts).to(self._dtype)
+        # Page-locked, which PyTorch keeps for the next; a copy into fresh memory takes some times as long.
+        there = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
+        return torch.split(there.copy_(whole), [len(part) for part in parts])

@@ -1,10 +1,14 @@
-"""The line of a job: items -> prepared by workers -> batches by budget -> model step -> results on disk."""
+"""The line of a job: items -> prepared by workers -> batches by budget -> model step -> results on disk.
+
+Results of a batch are written while the next one runs; all else about them happens in this thread.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,6 +48,23 @@ Ran: TypeAlias = tuple[Sequence[Prepared], list[Result], dict[str, float]]
 """A batch that went through: its items, their results, and what it took, by what for."""
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A batch whose results are on their way to the disk.
+
+    Attributes:
+        items: of it.
+        load: that they were.
+        seconds: that its step took, by what for.
+        written: seconds that writing took, once it is done.
+    """
+
+    items: Sequence[Item]
+    load: Load
+    seconds: dict[str, float]
+    written: Future[float]
+
+
 class Engine:
     """Works off what can be claimed, until nothing is left for anyone."""
 
@@ -68,6 +89,8 @@ class Engine:
         self._times, self._costs, self._budget, self._progress = times, costs, budget, progress
         self._watch, self._device = Stopwatch(), device
         self._refused, self._patient = 0, patient
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._writing: Writing | None = None
 
     def run(self, stop: Callable[[], bool]) -> bool:
         """True where all work is done; False where it was stopped."""
@@ -85,6 +108,7 @@ class Engine:
                     time.sleep(_POLL)
             return False
         finally:
+            self._writer.shutdown()
             self.account.add(self._watch.seconds)
             self.account.worker_deaths = self._pool.deaths
             self.account.taken_over += self._work.taken_over
@@ -99,10 +123,11 @@ class Engine:
             self._step(batch)
             if stop():
                 break
+        self._settle()
         return found
 
     def _ready(self, stop: Callable[[], bool]) -> Iterator[Prepared]:
-        results = iter(self._pool.run(self._work.coming(stop)))
+        results = iter(self._pool.run(self._work.coming(stop), self._work.more))
         while True:
             with self._watch.time("wait"):
                 result = next(results, None)
@@ -128,19 +153,34 @@ class Engine:
                     self._keep(*part)
 
     def _keep(self, batch: Sequence[Prepared], results: list[Result], seconds: dict[str, float]) -> None:
+        self._settle()
+        items = [prepared.item for prepared in batch]
         # Once more, since it took its time: who was taken for dead writes nothing that another may have done.
-        mine = self._work.still_mine(prepared.item for prepared in batch)
-        both = zip(batch, results, strict=True)
-        with self._watch.time("write"):
-            self._store.append([result for prepared, result in both if prepared.item.index in mine])
+        mine = self._work.still_mine(items)
+        kept = [result for item, result in zip(items, results, strict=True) if item.index in mine]
         load = sum((prepared.load for prepared in batch), Load())
-        images = sum(len(prepared.item.images) for prepared in batch)
-        self._costs.observe(load, seconds["step"])
-        self._times.append(load, images, seconds)
+        self._writing = Writing(items, load, seconds, self._writer.submit(self._write, kept))
+
+    def _write(self, results: Sequence[Result]) -> float:
+        start = time.perf_counter()
+        self._store.append(results)
+        return time.perf_counter() - start
+
+    def _settle(self) -> None:
+        """Wait until what is being written is on the disk, and count it."""
+        if (writing := self._writing) is None:
+            return
+        self._writing = None
+        with self._watch.time("held"):
+            self._watch.add("write", writing.written.result())
+        items, seconds = writing.items, writing.seconds
+        images = sum(len(item.images) for item in items)
+        self._costs.observe(writing.load, seconds["step"])
+        self._times.append(writing.load, images, seconds)
         self.account.add({name: value for name, value in seconds.items() if name != "step"})
         self.account.batches += 1
         self.account.images += images
-        self._done(prepared.item for prepared in batch)
+        self._done(items)
 
     def _doubt(self, failed: Failed) -> None:
         """End a job of which nothing goes through: its model and its input do not fit."""
@@ -153,6 +193,7 @@ class Engine:
             )
 
     def _fail(self, failed: Failed) -> None:
+        self._settle()
         if self._work.still_mine([failed.item]):
             self._store.append([(error_row(failed.item, failed), {})])
             self._done([failed.item])

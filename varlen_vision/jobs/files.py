@@ -132,23 +132,24 @@ class Appender:
             sync_folder(path.parent)
         self.size = self._file.tell()
 
-    def append(self, data: bytes | memoryview, *, sync: bool = True) -> None:
-        """Write all of it, to the disk if `sync`.
+    def append(self, *pieces: bytes | memoryview, sync: bool = True) -> None:
+        """Write all pieces, one after the other, to the disk if `sync`.
 
         Raises:
             OutputError: it could not be written.
         """
         with output_errors(self.path):
             try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+                for piece in pieces:
+                    rest = memoryview(piece)
+                    while rest:
+                        rest = rest[self._file.write(rest) :]
                 if sync:
                     os.fsync(self._file.fileno())
             except OSError:
                 self._file.truncate(self.size)
                 raise
-        self.size += len(data)
+        self.size += sum(map(len, pieces))
 
     def close(self) -> None:
         self._file.close()

@@ -128,8 +128,14 @@ class Leases:
 
     def alone(self) -> bool:
         """Whether no other process works in the folder."""
-        names = (name for name in os.listdir(self._workers) if not name.startswith("."))
-        return not any(self.alive(name) for name in names if name != self.worker)
+        return not any(self.alive(name) for name in self._names() if name != self.worker)
+
+    def company(self) -> int:
+        """Processes that work in the folder, this one included."""
+        return sum(name != self.worker and self.alive(name) for name in self._names()) + 1
+
+    def _names(self) -> list[str]:
+        return [name for name in os.listdir(self._workers) if not name.startswith(".")]
 
     def _read(self, name: str, generation: int, now: float) -> Claim:
         path = self._claims / f"{name}.{generation}"

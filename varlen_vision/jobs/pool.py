@@ -11,11 +11,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from itertools import islice
 from types import TracebackType
 
 import torch
@@ -49,8 +48,15 @@ class Pool:
             for _ in range(self._workers):
                 self._executor.submit(_load, self._prepare)
 
-    def run(self, items: Iterable[Item]) -> Iterator[Prepared | Failed]:
-        """Results in the order of the items, which are taken a few ahead."""
+    def run(
+        self, items: Iterable[Item], more: Callable[[], bool] = lambda: True
+    ) -> Iterator[Prepared | Failed]:
+        """Results in the order of the items.
+
+        Args:
+            items: taken a few ahead.
+            more: whether one more may be taken ahead now; one is taken in any case where there is none.
+        """
         if not self._workers:
             for item in items:
                 yield attempt(self._prepare, item)
@@ -58,8 +64,10 @@ class Pool:
         coming = iter(items)
         ahead: deque[tuple[Item, Future[Prepared | Failed] | None]] = deque()
         while True:
-            for item in islice(coming, 2 * self._workers - len(ahead)):
-                ahead.append((item, self._submit(item)))
+            while len(ahead) < 2 * self._workers and (not ahead or more()):
+                if (one := next(coming, None)) is None:
+                    break
+                ahead.append((one, self._submit(one)))
             if not ahead:
                 return
             item, future = ahead.popleft()

@@ -194,7 +194,7 @@ class _Run:
         if not self._once(now.named(_PLAN), mine, make):
             return False
         chunks = plan.read(now.plan(self.folder))
-        work = Work(self.source.items, chunks, mine, self.journals, costs)
+        work = Work(self.source.items, chunks, mine, self.journals, costs, smallest)
         store = Store(
             self.folder,
             now.named(mine.worker),

@@ -118,7 +118,7 @@ class Store:
         if name not in self._files:
             spill = Spill.new(self._folder.shards, self._name, name, tensors[0])
             self._files[name] = Appender(spill.path)
-        self._files[name].append(b"".join(Packed.of(tensor.cpu()).data.tobytes() for tensor in tensors))
+        self._files[name].append(*(Packed.of(tensor).data.data for tensor in tensors))
 
 
 def seal_shard(shards: Path, name: str, rows: Sequence[Row], format: Format) -> None:

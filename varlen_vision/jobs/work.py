@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from varlen_vision.jobs.cost import CostModel
@@ -9,9 +10,15 @@ from varlen_vision.jobs.items import Item
 from varlen_vision.jobs.journal import Journals
 from varlen_vision.jobs.leases import Claim, Leases
 from varlen_vision.jobs.plan import Chunk
+from varlen_vision.jobs.prepared import Load
 
 # A chunk that takes so many times longer than here is taken over by who has nothing else to do.
 LAGGING = 3.0
+# Of what nobody has claimed a process may hold its share of this part: who comes first leaves something for
+# the others, and all end together.
+HOLD = 0.5
+# Batches that it may hold in any case: two wait to be packed, and workers prepare the next.
+LEAST = 4
 # Seconds that are given in any case: for start-up, and batches that wait for others.
 PATIENCE = 5.0
 
@@ -26,12 +33,17 @@ class Work:
         leases: Leases,
         journals: Journals,
         costs: CostModel,
+        batch: Load,
     ) -> None:
+        """With `batch`, what a full batch asks of the model at least."""
         self._items = items
         self._chunks = {chunk.name: chunk for chunk in chunks}
         self._leases = leases
         self._journals = journals
         self._costs = costs
+        self._batch = batch
+        self._unread = 0  # items of the last chunk that was claimed
+        self._limit = math.inf  # what may be in hand before another is claimed
         self._open: dict[str, set[int]] = {}  # chunks held here, and their items that have no line yet
         self._chunk_of: dict[int, str] = {}
         self._held: dict[str, int] = {}  # all chunks that were ever held here, with the claim's generation
@@ -49,7 +61,14 @@ class Work:
             self._open[chunk.name] = set(missing)
             self._chunk_of |= dict.fromkeys(missing, chunk.name)
             self._close(chunk.name)
-            yield from (self._items[index] for index in sorted(missing))
+            self._unread = len(missing)
+            for index in sorted(missing):
+                self._unread -= 1
+                yield self._items[index]
+
+    def more(self) -> bool:
+        """Whether to take another item ahead, by what this process holds of all that is left."""
+        return self._unread > 0 or self._in_hand() < self._limit
 
     def still_mine(self, items: Iterable[Item]) -> set[int]:
         """Indices of those that nobody has taken over."""
@@ -68,9 +87,10 @@ class Work:
         """
         claims = self._leases.claims()
         # Where a claim is gone, somebody has removed the run.
+        # A copy, since this is asked while results are written, and another chunk may be claimed meanwhile.
         return not any(
             generation or (last := claims.get(name)) is None or last.generation
-            for name, generation in self._held.items()
+            for name, generation in list(self._held.items())
         )
 
     def done(self, items: Iterable[Item]) -> None:
@@ -103,6 +123,9 @@ class Work:
         free = [
             chunk for chunk in left if (last := claims.get(chunk.name)) is None or last.worker not in held
         ]
+        company = self._leases.company()
+        share = HOLD * sum(self._costs.predict(chunk.load) for chunk in free) / company
+        self._limit = max(LEAST * self._costs.predict(self._batch), share) if company > 1 else math.inf
         for chunk in free or self._lagging(left, claims):
             last = claims.get(chunk.name)
             if self._leases.claim(chunk.name, last):
@@ -110,6 +133,11 @@ class Work:
                 self._held[chunk.name] = 0 if last is None else last.generation + 1
                 return chunk
         return None
+
+    def _in_hand(self) -> float:
+        """What the items of this process that have no line yet are expected to cost."""
+        held = ((self._chunks[name], len(left)) for name, left in self._open.items())
+        return sum(self._costs.predict(chunk.load) * left / len(chunk.items) for chunk, left in held)
 
     def _lagging(self, left: Collection[Chunk], claims: dict[str, Claim]) -> list[Chunk]:
         """Chunks of others that take much longer than all that their holder has in hand would take here.
