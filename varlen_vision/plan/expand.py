@@ -42,8 +42,8 @@ ARRAYS = (
 
 HEAD = "_head"
 
-# Patches from which on a launch of Triton's takes less time than writing positions and orders on the host: on
-# an H200's host it takes some 50 us more for 6,144 of them, and for 49,152 as much less, or more with windows.
+# Patches from which on a launch takes less time than writing positions and orders on the host: on that of an
+# H200 it takes some 50 us more for 6,144 of them, and for 49,152 as much less, or more with windows.
 LARGE = 16384
 
 
