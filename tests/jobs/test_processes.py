@@ -61,7 +61,7 @@ def status(child: int) -> int:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120  # a busy machine takes long to start a process
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
