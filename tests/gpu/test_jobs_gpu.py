@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from varlen_vision import attention_report
 from varlen_vision.jobs.encode import Encode, EncodeModel
 from varlen_vision.jobs.infer import Infer
 from varlen_vision.jobs.items import Item
-from varlen_vision.jobs.options import Options
+from varlen_vision.jobs.options import Ended, Options
 from varlen_vision.jobs.prepared import Prepared
 from varlen_vision.jobs.run import run
 from varlen_vision.testing.checkpoints import write_checkpoint
@@ -103,34 +104,44 @@ def test_graphs_are_replayed_under_the_clock(tower: Path, folder: Path) -> None:
         assert error < 0.05
 
 
-def test_short_memory_splits_batches(tower: Path, folder: Path, tmp_path: Path) -> None:
+def test_short_memory_splits_batches(
+    tower: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left beside the loaded tower is enough for some of the images, and not for all at once."""
     job = Encode(str(tower), dtype="bfloat16", save_dtype="bfloat16")
-    options = Options(folder, tmp_path / "all", device="cuda:0", budget=10**6, quiet=True)
+    total = torch.cuda.get_device_properties(0).total_memory
+    room: list[int] = []  # bytes beside the tower: unlimited at first
+    needed: list[int] = []
+    load, step = Encode.load, EncodeModel.step
 
-    def whole() -> None:
-        assert run(job, options).account.split == 0
+    def loaded(self: Encode, device: str) -> EncodeModel:
+        model = load(self, device)
+        _let_go()
+        if room:
+            limit = torch.cuda.memory_reserved() + room[0]
+            torch.cuda.set_per_process_memory_fraction(limit / total, 0)
+        return model
 
-    # Enough to load and to check the blocks, and not for all images at once.
-    loading, needed = _most(lambda: job.load("cuda:0")), _most(whole)
-    assert loading < needed
-    _let_go()
-    allowed = torch.cuda.memory_reserved() + (loading + needed) / 2
-    little = allowed / torch.cuda.get_device_properties(0).total_memory
+    def stepped(self: EncodeModel, batch: Sequence[Prepared]) -> Any:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = step(self, batch)
+        needed.append(torch.cuda.max_memory_allocated() - before)
+        return found
+
+    monkeypatch.setattr(Encode, "load", loaded)
+    monkeypatch.setattr(EncodeModel, "step", stepped)
+
+    def encode(name: str) -> Ended:
+        return run(job, Options(folder, tmp_path / name, device="cuda:0", budget=10**6, quiet=True))
+
+    assert encode("all").account.split == 0 and len(needed) == 1
+    room.append(needed[0] * 2 // 3)
     try:
-        torch.cuda.set_per_process_memory_fraction(little, 0)
-        ended = run(job, Options(folder, tmp_path / "little", device="cuda:0", budget=10**6, quiet=True))
+        ended = encode("little")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert ended.finished and ended.account.done == 8 and ended.account.split >= 1
-
-
-def _most(call: Callable[[], object]) -> int:
-    """Bytes that a call takes at its peak, above what was taken before it."""
-    _let_go()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _let_go() -> None:
