@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parents[2]
-# Width, height, how many: half of the cost lies in a twentieth of the images. So many that the second or two in
-# which a process waits for its first image, and loads kernels, do not decide.
+# Width, height, how many: half of the cost lies in a twentieth of the images. So many that the second or two
+# in which a process waits for its first image, and loads kernels, do not decide.
 MIX = ((3584, 2688, 72), (1344, 896, 600), (448, 448, 1200))
 
 
