@@ -80,7 +80,7 @@ def verify_block(block: VarlenAttention, device: torch.device, dtype: torch.dtyp
         except VarlenVisionError:
             raise
         except _REJECTED as error:
-            if _short_of_memory(error):
+            if short_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise CannotRun(f"it does not run as the common shape does: {reason}") from error
@@ -232,7 +232,7 @@ def _originals(
                 # forward, not the call: hooks that the user put on the module should not see this batch.
                 output = _output(original.forward(states, **way, **position))
             except _REJECTED as error:
-                if _short_of_memory(error):
+                if short_of_memory(error):
                     raise
                 problems[f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"] = None
                 continue
@@ -245,7 +245,7 @@ def _originals(
         raise CannotRun("the original cannot be run on a packed batch: " + "; ".join(problems))
 
 
-def _short_of_memory(error: Exception) -> bool:
+def short_of_memory(error: Exception) -> bool:
     """Whether an error says nothing of the module: a GPU's memory, or that of a library on it, ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
 

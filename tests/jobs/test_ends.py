@@ -301,7 +301,16 @@ def test_a_finished_run_keeps_its_account(tmp_path: Path) -> None:
     assert json.loads((output / "account.json").read_text())["done"] == 11
 
 
-def test_out_of_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore"),
+        # What cuBLAS says where PyTorch's own allocations have left it nothing.
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "cuBLAS"],
+)
+def test_out_of_memory(error: Exception, tmp_path: Path) -> None:
     """A batch is split until it fits; what does not on its own is an error, and the rest goes on."""
     folder = pictures(tmp_path / "in", broken=False)
     sizes = []
@@ -309,13 +318,13 @@ def test_out_of_memory(tmp_path: Path) -> None:
     def small(batch: Any) -> None:
         sizes.append(len(batch))
         if len(batch) > 2 or batch[0].item.id == "07.png":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+            raise error
 
     ended = do(Fake(before=small), folder, tmp_path / "out", budget=1000)
     assert ended.finished and ended.account.errors == {"memory": 1} and ended.account.split > 2
     rows = {row["id"]: row for row in rows_of(tmp_path / "out" / "results.jsonl")}
     assert [name for name, row in rows.items() if row.get("error")] == ["07.png"]
-    assert rows["07.png"]["error"].endswith("CUDA out of memory. Tried to allocate 1 GiB.")
+    assert rows["07.png"]["error"].endswith(str(error).partition("\n")[0])
     assert sizes[0] == 12 and 2 in sizes
 
 

@@ -24,6 +24,7 @@ from varlen_vision.jobs.pool import Pool
 from varlen_vision.jobs.prepared import Failed, Load, Prepared
 from varlen_vision.jobs.store import Store
 from varlen_vision.jobs.work import Work
+from varlen_vision.verify import short_of_memory
 
 # Seconds between looks at what others have left.
 _POLL = 0.5
@@ -216,12 +217,13 @@ def _tried(model: Model, batch: Sequence[Prepared]) -> Iterator[Ran | Split | Fa
     start = time.perf_counter()
     try:
         results, seconds = model.step(batch)
-    except torch.OutOfMemoryError as error:
-        kind, message = "memory", f"it does not fit in memory on its own: {_first_line(error)}"
     except Exception as error:  # a model's code raises all kinds for input that it did not expect
-        if _of_the_device(error):
+        if short_of_memory(error):
+            kind, message = "memory", f"it does not fit in memory on its own: {_first_line(error)}"
+        elif _of_the_device(error):
             raise
-        kind, message = "model", f"{type(error).__name__}: {_first_line(error)}"
+        else:
+            kind, message = "model", f"{type(error).__name__}: {_first_line(error)}"
     else:
         step = time.perf_counter() - start
         yield batch, results, {**seconds, "rest": max(0.0, step - sum(seconds.values())), "step": step}
