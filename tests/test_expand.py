@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.expanded import RECIPES
-from varlen_vision.plan import FrameIndex, Positions, expand
+from varlen_vision.plan import FrameIndex, Positions, clear_plan_cache, expand
+from varlen_vision.vision_plan import VisionPlan
 
 CUDA = torch.device("cuda", 0)
 
@@ -48,3 +49,25 @@ def test_when_a_device_writes_them() -> None:
             assert expand.expansion(items, grids, torch.device("cpu")) is None
     with patch.object(expand, "_has_triton", lambda: False):
         assert expand.expansion((positions,), many, CUDA) is None
+
+
+def test_where_triton_cannot_run_the_host_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler for C: a warning, once, and the same plan."""
+    recipe, grids = RECIPES["Qwen3-VL"], [(1, 8, 12), (2, 4, 6)]
+    here = VisionPlan.from_grid(grids, recipe)
+    tried = []
+
+    def broken(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(expand, "_GIVEN_UP", set())
+    monkeypatch.setattr(expand, "can_expand", lambda device: device not in expand._GIVEN_UP)
+    monkeypatch.setattr(expand.Expansion, "write", broken)
+    clear_plan_cache()
+    with pytest.warns(RuntimeWarning, match=r"cannot run on cpu \(RuntimeError: Failed to find C compiler\)"):
+        there = VisionPlan.from_grid(grids, recipe)
+    assert expand.HEAD not in there.buffer.slots
+    assert all(torch.equal(there.keywords()[name], value) for name, value in here.keywords().items())
+    VisionPlan.from_grid([(1, 4, 4)], recipe)
+    assert len(tried) == 1

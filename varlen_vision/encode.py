@@ -179,16 +179,17 @@ def _forward(tower: nn.Module, patches: Sequence[Tensor], grids: Sequence[Grid])
     grid_thw = torch.tensor(grids)
     if not reads_grids_on_host(tower):
         grid_thw = grid_thw.to(device)
-    return tower(_together(patches, device).to(device, dtype, non_blocking=True), grid_thw=grid_thw)
+    return tower(_together(patches, device, dtype), grid_thw=grid_thw)
 
 
-def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One after the other; in page-locked memory for a GPU, which takes it faster, and PyTorch keeps it."""
-    if device.type != "cuda":
-        return torch.cat(list(parts))
-    rows = sum(map(len, parts))
-    into = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=True)
-    return torch.cat(list(parts), out=into)
+def _together(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One after the other, where the tower is."""
+    if device.type != "cuda" or any(part.device.type != "cpu" for part in parts):
+        return torch.cat(list(parts)).to(device, dtype)
+    # Page-locked memory crosses faster, and PyTorch keeps it. Named, since the default device may be another.
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    into = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    return torch.cat(list(parts), out=into).to(device, non_blocking=True)
 
 
 def encode_batch(

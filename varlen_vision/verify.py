@@ -246,8 +246,9 @@ def _originals(
 
 
 def short_of_memory(error: Exception) -> bool:
-    """Whether an error says nothing of the module: a GPU's memory, or that of a library on it, ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
+    """Whether an error says nothing of the module: memory of a GPU, a library on it or its host ran out."""
+    said = str(error)  # of CUDA, for page-locked memory too, Triton ("Triton Error [CUDA]: ...") and cuBLAS
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "ALLOC_FAILED" in said
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""VisionPlan: all that follows from `grid_thw` for one tower, worked out on the host before any GPU work."""
+"""VisionPlan: all that follows from `grid_thw` for one tower, worked out before the tower runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ class VisionPlan:
     def from_grid(
         cls, grid_thw: Any, config_or_model: Any, *, device: torch.device | str | None = None
     ) -> VisionPlan:
-        """Work out a plan, or look it up: pure host work, no GPU involved unless `grid_thw` is on one.
+        """Work out a plan, or look it up. The host waits for no GPU, unless `grid_thw` is on one.
+
+        For the CPU that is pure host work. For a GPU one copy brings what the host worked out, and of large
+        batches a kernel there writes the rest (varlen_vision.plan.expand).
 
         Part of what was worked out for an image is kept for the next of such a size, and whole plans for the
         same batch, both up to a number of bytes (`set_plan_cache`).

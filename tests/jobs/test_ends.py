@@ -307,8 +307,10 @@ def test_a_finished_run_keeps_its_account(tmp_path: Path) -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore"),
         # What cuBLAS says where PyTorch's own allocations have left it nothing.
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
-    ids=["PyTorch", "cuBLAS"],
+    ids=["PyTorch", "cuBLAS", "page-locked", "Triton"],
 )
 def test_out_of_memory(error: Exception, tmp_path: Path) -> None:
     """A batch is split until it fits; what does not on its own is an error, and the rest goes on."""

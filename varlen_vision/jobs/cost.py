@@ -73,6 +73,11 @@ class CostModel:
         """Whether costs are seconds by now; else they are FLOPs."""
         return bool(self._observed)
 
+    @property
+    def last(self) -> Load | None:
+        """Of the batch that was measured last."""
+        return self._observed[-1][0] if self._observed else None
+
     def observe(self, load: Load, seconds: float) -> None:
         """A batch of this load took so long."""
         self._observed = [*self._observed[1 - _MOST :], (load, max(seconds, 1e-9))]

@@ -152,6 +152,8 @@ class EncodeModel:
     def _to_host(self, parts: list[Tensor]) -> Sequence[Tensor]:
         """In one copy."""
         whole = torch.cat(parts).to(self._dtype)
-        # Page-locked, which PyTorch keeps for the next; a copy into fresh memory takes some times as long.
-        there = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
-        return torch.split(there.copy_(whole), [len(part) for part in parts])
+        if whole.is_cuda:
+            # Page-locked, which PyTorch keeps for the next: a copy into fresh memory takes longer.
+            there = torch.empty(whole.shape, dtype=whole.dtype, device="cpu", pin_memory=True)
+            whole = there.copy_(whole)
+        return torch.split(whole.cpu(), [len(part) for part in parts])

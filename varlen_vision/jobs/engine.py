@@ -1,12 +1,14 @@
 """The line of a job: items -> prepared by workers -> batches by budget -> model step -> results on disk.
 
-Results of a batch are written while the next one runs; all else about them happens in this thread.
+Results of a batch are written, and shards sealed, by a thread while the next one runs; what became of them is
+noted in this one.
 """
 
 from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -110,6 +112,9 @@ class Engine:
             return False
         finally:
             self._writer.shutdown()
+            if self._writing is not None and (lost := self._writing.written.exception()) is not None:
+                # Beside what ended the run, which is what is raised.
+                warnings.warn(f"the results before were not written: {lost}", RuntimeWarning, stacklevel=2)
             self.account.add(self._watch.seconds)
             self.account.worker_deaths = self._pool.deaths
             self.account.taken_over += self._work.taken_over
@@ -130,6 +135,8 @@ class Engine:
     def _ready(self, stop: Callable[[], bool]) -> Iterator[Prepared]:
         results = iter(self._pool.run(self._work.coming(stop), self._work.more))
         while True:
+            if self._writing is not None and self._writing.written.done():
+                self._settle()  # what is written is no longer in hand, by which more is taken
             with self._watch.time("wait"):
                 result = next(results, None)
             if result is None:

@@ -24,6 +24,9 @@ from varlen_vision.jobs.files import create, output_errors
 EXPIRE = 60.0
 """Seconds without a sign of life after which a process on another machine is taken for dead."""
 
+# Seconds until the processes are counted again, which looks at a file of each.
+_COUNT = 2.0
+
 FOLDERS = ("claims", "done", "workers")
 
 
@@ -56,6 +59,7 @@ class Leases:
         self.worker = f"r{rank}-{uuid.uuid4().hex[:8]}"
         self._sign = self._workers / self.worker
         self._known: dict[str, tuple[str, float]] = {}  # claims never change
+        self._company, self._count_again = 1, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         create(self._sign, json.dumps(_myself()).encode())
@@ -131,8 +135,11 @@ class Leases:
         return not any(self.alive(name) for name in self._names() if name != self.worker)
 
     def company(self) -> int:
-        """Processes that work in the folder, this one included."""
-        return sum(name != self.worker and self.alive(name) for name in self._names()) + 1
+        """Processes that work in the folder, this one included; counted every few seconds."""
+        if time.monotonic() >= self._count_again:
+            self._company = sum(name != self.worker and self.alive(name) for name in self._names()) + 1
+            self._count_again = time.monotonic() + _COUNT
+        return self._company
 
     def _names(self) -> list[str]:
         return [name for name in os.listdir(self._workers) if not name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the batch in hand is finished and written; a second one ends the job at once."""
+"""Ctrl-C and SIGTERM: the batch in hand is finished and written; a second one drops it, and ends the job."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after the batch in hand; once more to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping after the batch in hand; once more to stop now", file=sys.stderr, flush=True)

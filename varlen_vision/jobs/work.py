@@ -35,7 +35,7 @@ class Work:
         costs: CostModel,
         batch: Load,
     ) -> None:
-        """With `batch`, what a full batch asks of the model at least."""
+        """With `batch`, what a full batch asks of the model, before there was one."""
         self._items = items
         self._chunks = {chunk.name: chunk for chunk in chunks}
         self._leases = leases
@@ -85,12 +85,12 @@ class Work:
         If so no line of its journal so far is, or will be, in another's: who takes a chunk over reads the
         journals first.
         """
+        # First, and a copy: this is asked while results are written, and a chunk may be claimed meanwhile.
+        held = list(self._held.items())
         claims = self._leases.claims()
         # Where a claim is gone, somebody has removed the run.
-        # A copy, since this is asked while results are written, and another chunk may be claimed meanwhile.
         return not any(
-            generation or (last := claims.get(name)) is None or last.generation
-            for name, generation in list(self._held.items())
+            generation or (last := claims.get(name)) is None or last.generation for name, generation in held
         )
 
     def done(self, items: Iterable[Item]) -> None:
@@ -125,7 +125,8 @@ class Work:
         ]
         company = self._leases.company()
         share = HOLD * sum(self._costs.predict(chunk.load) for chunk in free) / company
-        self._limit = max(LEAST * self._costs.predict(self._batch), share) if company > 1 else math.inf
+        batch = self._costs.predict(self._costs.last or self._batch)
+        self._limit = max(LEAST * batch, share) if company > 1 else math.inf
         for chunk in free or self._lagging(left, claims):
             last = claims.get(chunk.name)
             if self._leases.claim(chunk.name, last):

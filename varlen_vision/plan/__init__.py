@@ -1,4 +1,4 @@
-"""What follows from `grid_thw` alone, worked out on the host: segments, orders, positions, interpolation.
+"""What follows from `grid_thw` alone, worked out before a tower runs: segments, orders, positions and more.
 
 `varlen_vision.vision_plan` puts these parts together for a tower.
 """

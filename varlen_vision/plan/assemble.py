@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from varlen_vision.plan.buffer import Buffer
-from varlen_vision.plan.expand import HEAD, expansion
+from varlen_vision.plan.expand import HEAD, expansion, give_up
 from varlen_vision.plan.frames import Array, Field
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.layouts import plan_lengths
@@ -59,7 +59,11 @@ def assemble(
         return buffer.to(device), lengths
     expanding.write_head(into[HEAD], buffer.slots, grids)
     buffer = buffer.to(device)
-    expanding.write(buffer.block, grids)
+    try:
+        expanding.write(buffer.block, grids)
+    except Exception as error:  # of a compiler that Triton does not find, say
+        give_up(device, error)
+        return assemble(recipe, grids, device)
     return buffer, lengths
 
 

@@ -45,7 +45,7 @@ class Buffer:
 
     Attributes:
         block: (n,) int64, as most of the arrays are.
-        slots: by name; those whose names begin with an underscore are nobody's business.
+        slots: by name; those whose names begin with an underscore are for the kernel that fills the rest.
         pinned: whether the block is known to be page-locked memory of the host.
         room: int64 behind the block that slots reach into, once it is on a device that fills them.
     """

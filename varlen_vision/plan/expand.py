@@ -8,6 +8,7 @@ and the lengths of segments are worked out on the host and copied.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -42,8 +43,8 @@ ARRAYS = (
 
 HEAD = "_head"
 
-# Patches from which on a launch takes less time than writing positions and orders on the host: on that of an
-# H200 it takes some 50 us more for 6,144 of them, and for 49,152 as much less, or more with windows.
+# Plans without a table are written on the GPU from so many patches on. A launch costs the host of an
+# H200 some 50 us more than writing 6,144 patches does, and at least as much less than 49,152.
 LARGE = 16384
 
 
@@ -97,7 +98,20 @@ def expansion(items: tuple[TowerInput, ...], grids: Sequence[Grid], device: torc
 
 def can_expand(device: torch.device) -> bool:
     """Whether there is a kernel for this device."""
-    return device.type == "cuda" and _has_triton()
+    return device.type == "cuda" and device not in _GIVEN_UP and _has_triton()
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """From now on the host writes the plans of this device."""
+    _GIVEN_UP.add(device)
+    warnings.warn(
+        f"Triton cannot run on {device} ({type(error).__name__}: {error}); plans are written on the host",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_GIVEN_UP: set[torch.device] = set()
 
 
 @cache
