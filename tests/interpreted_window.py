@@ -56,7 +56,7 @@ def run(
 def check_parity(head_dim: int) -> None:
     for lengths in BATCHES:
         for dtype in (torch.float32, torch.float16):
-            qkv = fused(*packed(lengths, HEADS, head_dim, dtype))
+            qkv = fused(*packed(lengths, 2, head_dim, dtype))  # two, for the interpreter's time
             for rotary in (None, tables(sum(lengths), head_dim)):
                 judge(run(*qkv, lengths, rotary), qkv, lengths, rotary)
 
