@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.expanded import RECIPES
+from tests.interpreter import check_interpreted, needs_triton
 from varlen_vision.plan import FrameIndex, Positions, clear_plan_cache, expand
 from varlen_vision.vision_plan import VisionPlan
 
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted_expand"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "checked"
+    check_interpreted("tests.interpreted_expand")
 
 
 def test_when_a_device_writes_them() -> None:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.interpreter import check_interpreted, needs_triton
 from varlen_vision.kernels import KERNELS, window_triton
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 @needs_triton
 @pytest.mark.parametrize("head_dim", window_triton.HEAD_DIMS)
 def test_in_the_interpreter(head_dim: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted_window", str(head_dim)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "checked"
+    check_interpreted("tests.interpreted_window", head_dim)
 
 
 def test_every_head_dim_has_its_launch() -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from tests.interpreter import check_interpreted, needs_triton
 from varlen_vision.tower.gated import silu_linear
 
 
@@ -61,15 +56,6 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         silu_linear(x.double(), weight, bias)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted_product"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "checked"
+    check_interpreted("tests.interpreted_product")
