@@ -34,8 +34,8 @@ test: lint  ## ruff, mypy, pytest with the newest transformers in constraints/
 test-versions: .venv/.installed  ## pytest with every release of transformers in constraints/
 	$(BIN)/nox
 
-test-ci-versions: .venv/.installed  ## the oldest of them and one from the middle, as CI does after `make test`
-	$(BIN)/nox --tags ci
+test-ci-versions: .venv/.installed  ## the oldest of them and one from the middle, in part, as CI does after `make test`
+	$(BIN)/nox --session ci
 
 test-latest: .venv/.installed  ## pytest with the newest of everything but torch, which may fail without a change here
 	$(BIN)/nox --session latest
