@@ -56,8 +56,8 @@ SAME_WITH_EVERY_RELEASE = (
 )
 
 
-# What takes three quarters of the time: processes that are killed, comparisons, compiled towers. What they
-# need of transformers the rest tests too. CI, with two cores, runs them with the newest release alone.
+# What takes three quarters of the time: processes that are killed, comparisons, compiled towers. CI, with two
+# cores, runs them with the newest release alone; with the others only `make test-versions` does.
 LONG = (
     "jobs/test_bad_input.py",
     "jobs/test_ends.py",

@@ -43,8 +43,8 @@ ARRAYS = (
 
 HEAD = "_head"
 
-# Plans without a table are written on the GPU from so many patches on. A launch costs the host of an
-# H200 some 50 us more than writing 6,144 patches does, and at least as much less than 49,152.
+# Plans without a table are written on the GPU from so many patches on. In two runs, on two machines, the host
+# took 125 us for a plan of 6,144 patches that it wrote, 173 with a launch; for 49,152 it took 222 and 186.
 LARGE = 16384
 
 
