@@ -30,6 +30,8 @@ from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
 from varlen_vision.parity import Error
 from varlen_vision.testing.photographs import photograph
 
+pytestmark = pytest.mark.usefixtures("one_rate")
+
 CPU = torch.device("cpu")
 USABLE = [name for name, path in PATHS.items() if not path.refusal(CPU, torch.float32, 40)]
 

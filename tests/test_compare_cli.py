@@ -16,6 +16,8 @@ from varlen_vision.cli import app
 from varlen_vision.kernels import sdpa_segments
 from varlen_vision.testing.photographs import photograph
 
+pytestmark = pytest.mark.usefixtures("one_rate")
+
 FEW = ["--repeats", "1", "--budget-seconds", "0.1"]
 
 

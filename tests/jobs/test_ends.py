@@ -70,10 +70,17 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
+            batches = 0
+
             def limit(batch: Any) -> None:
-                written = list((output / "journal").glob("*.jsonl"))
-                if written:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (written[0].stat().st_size + 20,) * 2)
+                nonlocal batches
+                batches += 1
+                if batches == 1:
+                    return
+                # The first batch is written beside the second.
+                wait_for(lambda: any(path.stat().st_size for path in (output / "journal").iterdir()))
+                (written,) = (output / "journal").iterdir()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (written.stat().st_size + 20,) * 2)
 
             ended = do(Fake(before=limit), folder, output)
             code = 40 if ended.output_error is not None else 41

@@ -21,6 +21,8 @@ from varlen_vision.compare.page.folder import DATA, FIGURES, FILES, PAGE, PARTS
 from varlen_vision.compare.results import Comparison
 from varlen_vision.testing.photographs import photograph
 
+pytestmark = pytest.mark.usefixtures("one_rate")
+
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": "400"})

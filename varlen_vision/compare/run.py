@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -19,12 +19,12 @@ from varlen_vision.compare.flops import product_rate
 from varlen_vision.compare.growth import SWEEPS, measure_growth
 from varlen_vision.compare.loaded import Tower, load_tower, prepare
 from varlen_vision.compare.machine import describe_machine
-from varlen_vision.compare.paths import check_names, select
+from varlen_vision.compare.paths import Selection, check_names, select
 from varlen_vision.compare.profiling import warm_up
 from varlen_vision.compare.results import Comparison, Growth, TowerInfo, WorkloadResult
 from varlen_vision.compare.timing import ROUNDS
 from varlen_vision.compare.tower import Effort, compare_paths
-from varlen_vision.compare.workloads import RECIPES, make_workloads
+from varlen_vision.compare.workloads import RECIPES, Workload, make_workloads
 from varlen_vision.testing.checkpoints import write_checkpoint
 
 ATTENTION = "attention"
@@ -117,11 +117,12 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     names = [name for name in settings.workloads if name != ATTENTION]
     cases = LENGTHS[device.type] if ATTENTION in settings.workloads or not settings.workloads else ()
-    rate = product_rate(device, dtype)
+    wanted = _load(settings, names, device, dtype) if names or not settings.workloads else None
+    rate = product_rate(device, dtype)  # it takes seconds: after what may be refused
 
     towers = None
-    if names or not settings.workloads:
-        towers = _towers(settings, names, len(cases), device, dtype, rate, progress)
+    if wanted is not None:
+        towers = _towers(settings, wanted, len(cases), device, rate, progress)
     else:
         progress.expect(len(cases) * ROUNDS)
     attention = [
@@ -142,6 +143,26 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    tower: Tower
+    processor: Any
+    workloads: Sequence[Workload]
+    selection: Selection
+
+
+def _load(settings: Settings, names: list[str], device: torch.device, dtype: torch.dtype) -> _Wanted:
+    with _checkpoint(settings) as folder:
+        tower = load_tower(folder, device, dtype)
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder)
+        except OSError as error:
+            raise CompareError(f"{folder!r} has no image processor: {error}") from error
+        workloads = make_workloads(names, device.type, processor)
+    selection = select(settings.paths, settings.compile, device, dtype, tower.shape.head_dim)
+    return _Wanted(tower, processor, workloads, selection)
+
+
+@dataclass(frozen=True)
 class _Towers:
     info: TowerInfo
     unavailable: dict[str, str]
@@ -151,28 +172,20 @@ class _Towers:
 
 def _towers(
     settings: Settings,
-    names: list[str],
+    wanted: _Wanted,
     cases: int,
     device: torch.device,
-    dtype: torch.dtype,
     rate: float,
     progress: Progress,
 ) -> _Towers:
-    with _checkpoint(settings) as folder:
-        tower = load_tower(folder, device, dtype)
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder)
-        except OSError as error:
-            raise CompareError(f"{folder!r} has no image processor: {error}") from error
-        workloads = make_workloads(names, device.type, processor)
-    selection = select(settings.paths, settings.compile, device, dtype, tower.shape.head_dim)
+    tower, workloads, selection = wanted.tower, wanted.workloads, wanted.selection
     sweeps = SWEEPS[device.type] if settings.growth else ()
     steps = len(workloads) * (1 + len(selection.usable) + ROUNDS) + cases * ROUNDS
     progress.expect(steps + sum(len(sweep.recipes) for sweep in sweeps))
     warm_up(device)
     exact = tower.double()
     growth = tuple(
-        measure_growth(sweep, tower, exact, processor, selection.usable, rate, progress.step)
+        measure_growth(sweep, tower, exact, wanted.processor, selection.usable, rate, progress.step)
         for sweep in sweeps
     )
     batches = []

@@ -235,10 +235,11 @@ def _tried(model: Model, batch: Sequence[Prepared]) -> Iterator[Ran | Split | Fa
         step = time.perf_counter() - start
         yield batch, results, {**seconds, "rest": max(0.0, step - sum(seconds.values())), "step": step}
         return
-    # Here the frames that the error held, and their tensors, are gone.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if kind == "memory":
+        # Here the frames that the error held, and their tensors, are gone; but for those in a cycle.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if len(batch) == 1:
         yield Failed(batch[0].item, kind, message)
         return
