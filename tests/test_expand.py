@@ -10,6 +10,7 @@ import torch
 from tests.expanded import RECIPES
 from tests.interpreter import check_interpreted, needs_triton
 from varlen_vision.plan import FrameIndex, Positions, clear_plan_cache, expand
+from varlen_vision.plan.grids import patches
 from varlen_vision.vision_plan import VisionPlan
 
 CUDA = torch.device("cuda", 0)
@@ -32,10 +33,10 @@ def test_when_a_device_writes_them() -> None:
             ((positions, FrameIndex(), Positions(1)), many, False),  # two of a kind
             ((), ordinary, False),
         ):
-            assert (expand.expansion(items, grids, CUDA) is not None) == expected
-            assert expand.expansion(items, grids, torch.device("cpu")) is None
+            assert (expand.expansion(items, grids, patches(grids), CUDA) is not None) == expected
+            assert expand.expansion(items, grids, patches(grids), torch.device("cpu")) is None
     with patch.object(expand, "_has_triton", lambda: False):
-        assert expand.expansion((positions,), many, CUDA) is None
+        assert expand.expansion((positions,), many, patches(many), CUDA) is None
 
 
 def test_where_triton_cannot_run_the_host_writes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from varlen_vision.plan import (
 from varlen_vision.plan import frames as frames_module
 from varlen_vision.plan.cache import PARTS
 from varlen_vision.plan.frames import Array, add_runs, fill_runs, in_windows, places, write_frames
+from varlen_vision.plan.grids import patches
 
 INPUTS = (
     Positions(2),
@@ -47,7 +48,7 @@ def _empty_cache() -> Iterator[None]:
 
 
 def written(item: TowerInput, grids: Any) -> list[Array]:
-    fields = item.fields(grids)
+    fields = item.fields(grids, patches(grids))
     arrays = [np.full(field.shape, -7, field.dtype) for field in fields]
     for field, array in zip(fields, arrays, strict=True):
         field.write(array)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,11 @@ from varlen_vision.errors import PlanError
 from varlen_vision.families.recipe import recipe_of
 from varlen_vision.kernels.spec import Request
 from varlen_vision.kernels.table import choose
-from varlen_vision.plan.assemble import assemble, cu_seqlens_name
+from varlen_vision.plan.assemble import assemble
 from varlen_vision.plan.buffer import Buffer, ordinary_tensors
 from varlen_vision.plan.cache import BATCHES
-from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, read_rows
+from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, patches, read_rows
+from varlen_vision.plan.layouts import cu_seqlens_name
 from varlen_vision.plan.recipe import Recipe
 from varlen_vision.segments import Segments
 
@@ -118,7 +119,7 @@ class VisionPlan:
     @cached_property
     def patches(self) -> int:
         """T: of all images."""
-        return sum(frames * height * width for frames, height, width in self.grids)
+        return patches(self.grids)
 
     @property
     def device(self) -> torch.device:
@@ -169,17 +170,16 @@ class VisionPlan:
         with ordinary_tensors():
             for kind, cut in self.segments.items():
                 found[cu_seqlens_name(kind)] = cut.cu_seqlens
-            for item in self.recipe.inputs:
-                if item.fits(self.grids):
-                    found |= item.keywords(self.tensors, self.grids)
+            for item in self.recipe.fitting(self.grids):
+                found |= item.keywords(self.tensors, self.grids)
         return found
 
     @cached_property
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
         """The block, whose views share its version, and what was made from it."""
-        views = set(map(id, self.tensors.values()))
-        made = (tensor for tensor in _flat(self._keywords.values()) if id(tensor) not in views)
-        return tuple((tensor, tensor._version) for tensor in (self.buffer.block, *made))
+        views = {id(tensor) for tensor in self.tensors.values()}
+        found = [self.buffer.block, *(one for one in _flat(self._keywords) if id(one) not in views)]
+        return tuple([(tensor, tensor._version) for tensor in found])
 
     def intact(self) -> bool:
         """Whether nobody wrote into the tensors since the plan was made."""
@@ -288,16 +288,20 @@ def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = Fal
         buffer, lengths = assemble(recipe, grids, device, alone=alone)
         plan = VisionPlan(recipe, grids, lengths, buffer)
         # Now, so that `intact` knows how the tensors were when nobody had them yet.
-        size = sum(tensor.nbytes for tensor, _ in plan._versions)
-    return plan, size + _BYTES_PER_SEGMENT * sum(map(len, lengths.values())) + _BYTES_PER_PLAN
+        size = _BYTES_PER_PLAN
+        for tensor, _ in plan._versions:
+            size += tensor.nbytes
+        for cut in lengths.values():
+            size += _BYTES_PER_SEGMENT * len(cut)
+    return plan, size
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _flat(value)
-        elif isinstance(value, Tensor):
+def _flat(keywords: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in keywords.values():
+        if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, tuple):
+            yield from (one for one in value if isinstance(one, Tensor))
 
 
 def _exact(device: torch.device | str) -> torch.device:

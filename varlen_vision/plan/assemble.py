@@ -1,8 +1,9 @@
-"""From the fields of a batch to one block of memory."""
+"""From the grids of a batch to one block of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,17 +11,12 @@ import torch
 from varlen_vision.plan.buffer import Buffer
 from varlen_vision.plan.expand import HEAD, expansion, give_up
 from varlen_vision.plan.frames import Array, Field
-from varlen_vision.plan.grids import Grid
-from varlen_vision.plan.layouts import plan_lengths
+from varlen_vision.plan.grids import Grid, patches
+from varlen_vision.plan.layouts import cu_seqlens_name, plan_lengths
 from varlen_vision.plan.recipe import Recipe
 
-# What transformers calls the cumulative lengths of each kind of layer; `cu_seqlens` where it is not here.
-_CU_SEQLENS = {"windows": "cu_window_seqlens"}
-
-
-def cu_seqlens_name(kind: str) -> str:
-    """What transformers calls the cumulative lengths of this kind of layer."""
-    return _CU_SEQLENS.get(kind, "cu_seqlens")
+# Segments from which on numpy sums quicker than Python.
+_MANY = 64
 
 
 def assemble(
@@ -37,30 +33,24 @@ def assemble(
         device: where the block is to be.
         alone: take nothing that is kept on the device for other plans.
     """
-    lengths = plan_lengths(grids, recipe.layouts)
-    items = tuple(item for item in recipe.inputs if item.fits(grids))
-    expanding = None if alone else expansion(items, grids, device)
-    fields = {"grid_thw": _grids(grids)}
-    if expanding is None:
-        for item in items:
-            fields |= zip(item.names, item.fields(grids), strict=True)
-    for kind, cut in lengths.items():
-        fields[cu_seqlens_name(kind)] = _cumulative(cut)
-    wanted = [(name, field.dtype, field.shape) for name, field in fields.items()]
+    lengths, total = plan_lengths(grids, recipe.layouts), patches(grids)
+    items = recipe.fitting(grids)
+    expanding = None if alone else expansion(items, grids, total, device)
+    fields = [_grids(grids), *(_cumulative(kind, cut) for kind, cut in lengths.items())]
     pinned = device.type == "cuda"
     if expanding is None:
-        buffer = Buffer.empty(wanted, pinned=pinned)
-    else:
-        buffer = Buffer.empty([expanding.head(grids), *wanted], expanding.arrays(grids), pinned=pinned)
-    into = buffer.arrays()
-    for name, field in fields.items():
-        field.write(into[name])
-    if expanding is None:
+        for item in items:
+            fields += item.fields(grids, total)
+        buffer = Buffer.empty(fields, pinned=pinned)
+        buffer.write(fields)
         return buffer.to(device), lengths
-    expanding.write_head(into[HEAD], buffer.slots, grids)
+    # The head and the grids come first.
+    buffer = Buffer.empty([expanding.head(grids), *fields], expanding.arrays(grids, total), pinned=pinned)
+    buffer.write(fields)
+    expanding.write_head(buffer.array(HEAD), buffer.slots, grids)
     buffer = buffer.to(device)
     try:
-        expanding.write(buffer.block, grids)
+        expanding.write(buffer.block, len(grids), total)
     except Exception as error:  # of a compiler that Triton does not find, say
         give_up(device, error)
         return assemble(recipe, grids, device)
@@ -71,13 +61,16 @@ def _grids(grids: tuple[Grid, ...]) -> Field:
     def write(into: Array) -> None:
         into[:] = grids
 
-    return Field(np.int64, (len(grids), 3), write)
+    return Field("grid_thw", np.int64, (len(grids), 3), write)
 
 
-def _cumulative(lengths: tuple[int, ...]) -> Field:
+def _cumulative(kind: str, lengths: tuple[int, ...]) -> Field:
     def write(into: Array) -> None:
+        if len(lengths) < _MANY:
+            into[:] = [0, *accumulate(lengths)]
+            return
         into[0] = 0
         into[1:] = lengths
         into.cumsum(out=into)
 
-    return Field(np.int32, (len(lengths) + 1,), write)
+    return Field(cu_seqlens_name(kind), np.int32, (len(lengths) + 1,), write)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from varlen_vision.plan.frames import Array, Field
 
 # Compiled graphs copy what begins elsewhere, in every call; and what the host knows of the values is
 # not known of a copy.
@@ -27,8 +28,8 @@ _STEP = (1,)
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
-Wanted: TypeAlias = tuple[str, type[np.generic], tuple[int, ...]]
-"""Name, dtype and shape of an array."""
+Wanted: TypeAlias = tuple[str, type[np.generic], tuple[int, ...]] | Field
+"""Name, dtype and shape of an array, and what else there may be."""
 
 
 class Slot(NamedTuple):
@@ -74,23 +75,26 @@ class Buffer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
+        found: dict[str, Tensor] = {}
         with ordinary_tensors():
-            used = {slot.dtype for slot in self.slots.values()} - {np.int64}
-            seen = {dtype: self.block.view(_DTYPES[dtype]) for dtype in used} | {np.int64: self.block}
-            return {
-                name: seen[dtype].as_strided(shape, _strides(shape), offset)
-                for name, (dtype, offset, shape) in self.slots.items()
-                if name[0] != "_"
-            }
+            seen: dict[type[np.generic], Tensor] = {np.int64: self.block}
+            for name, (dtype, offset, shape) in self.slots.items():
+                if name[0] != "_":
+                    if (block := seen.get(dtype)) is None:
+                        block = seen[dtype] = self.block.view(_DTYPES[dtype])
+                    found[name] = block.as_strided(shape, _strides(shape), offset)
+        return found
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The same as numpy arrays, of a block in the memory of the host; but for what is behind it."""
-        block = self.block.numpy()
-        return {
-            name: np.ndarray(shape, dtype, block, offset * _BYTES[dtype])
-            for name, (dtype, offset, shape) in self.slots.items()
-            if offset * _BYTES[dtype] < block.nbytes
-        }
+    def array(self, name: str) -> Array:
+        """One of them as a numpy array, of a block in the memory of the host."""
+        dtype, offset, shape = self.slots[name]
+        return np.ndarray(shape, dtype, self.block.numpy(), offset * _BYTES[dtype])
+
+    def write(self, fields: Iterable[Field]) -> None:
+        """Fill these arrays of a block in the memory of the host."""
+        memory = self.block.numpy()
+        for name, dtype, shape, write in fields:
+            write(np.ndarray(shape, dtype, memory, self.slots[name].offset * _BYTES[dtype]))
 
     def to(self, device: torch.device) -> Buffer:
         """The same on `device`: one copy, for which the host does not wait where that is a GPU."""
@@ -116,7 +120,8 @@ def ordinary_tensors() -> AbstractContextManager[object]:
 
 def _place(slots: dict[str, Slot], wanted: Iterable[Wanted], end: int) -> int:
     """Give each array its place from the byte `end` on; returns where they end."""
-    for name, dtype, shape in wanted:
+    for one in wanted:
+        name, dtype, shape = one[:3]
         size = _BYTES[dtype]
         slots[name] = Slot(dtype, end // size, shape)
         end += prod(shape) * size
@@ -127,4 +132,6 @@ def _place(slots: dict[str, Slot], wanted: Iterable[Wanted], end: int) -> int:
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 1:  # most are
         return _STEP
+    if len(shape) == 2:
+        return shape[1], 1
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

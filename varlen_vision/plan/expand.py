@@ -21,7 +21,7 @@ from torch import Tensor
 from varlen_vision.plan.buffer import Slot, Wanted
 from varlen_vision.plan.frames import ORDINARY, Array
 from varlen_vision.plan.grids import Grid
-from varlen_vision.plan.inputs import TowerInput, patches, per_image, starts
+from varlen_vision.plan.inputs import TowerInput, per_image, starts
 from varlen_vision.plan.interpolation import Interpolation, kept_axes
 
 Constants = Mapping[str, int]
@@ -66,10 +66,9 @@ class Expansion:
         """What the block begins with, before the grids."""
         return HEAD, np.int64, (len(ARRAYS) + 2 * len(grids),)
 
-    def arrays(self, grids: Sequence[Grid]) -> list[Wanted]:
+    def arrays(self, grids: Sequence[Grid], patches: int) -> list[Wanted]:
         """What is to be written."""
-        total = patches(grids)
-        return [wanted for item in self.items for wanted in item.expanded(grids, total)]
+        return [wanted for item in self.items for wanted in item.expanded(grids, patches)]
 
     def write_head(self, into: Array, slots: Mapping[str, Slot], grids: Sequence[Grid]) -> None:
         """Where each array begins; then for each image the patches before it, and those in one frame each."""
@@ -78,21 +77,23 @@ class Expansion:
         before[::2] = starts(per_image(grids))
         before[1::2] = starts([height * width for _, height, width in grids])
 
-    def write(self, block: Tensor, grids: Sequence[Grid]) -> None:
+    def write(self, block: Tensor, images: int, patches: int) -> None:
         """Write the arrays into a block that begins with the head and the grids."""
         axes = None if self.table is None else _axes_on(self.table, block.device, _stream(block.device))
-        _kernel().expand(block, axes, patches(grids), len(grids), self.constants)
+        _kernel().expand(block, axes, patches, images, self.constants)
 
 
-def expansion(items: tuple[TowerInput, ...], grids: Sequence[Grid], device: torch.device) -> Expansion | None:
+def expansion(
+    items: tuple[TowerInput, ...], grids: Sequence[Grid], patches: int, device: torch.device
+) -> Expansion | None:
     """How a device writes the arrays of these inputs itself; None where the host has to."""
     if not items or not can_expand(device):
         return None
-    found = _of(items)
-    if found is None:
+    if patches < LARGE and _table(items) is None:
         return None
-    if found.table is None:
-        return found if patches(grids) >= LARGE else None
+    found = _of(items)
+    if found is None or found.table is None:
+        return found
     return found if max(max(height, width) for _, height, width in grids) <= ORDINARY else None
 
 
@@ -134,8 +135,14 @@ def _of(items: tuple[TowerInput, ...]) -> Expansion | None:
         if constants.keys() & item.constants.keys():
             return None  # two of a kind, and the kernel writes one
         constants |= item.constants
-    table = next((item for item in items if isinstance(item, Interpolation)), None)
-    return Expansion(items, constants, table)
+    return Expansion(items, constants, _table(items))
+
+
+def _table(items: tuple[TowerInput, ...]) -> Interpolation | None:
+    for item in items:
+        if isinstance(item, Interpolation):
+            return item
+    return None
 
 
 @lru_cache(16)

@@ -27,11 +27,13 @@ class Field(NamedTuple):
     """One array of a batch.
 
     Attributes:
+        name: of the array.
         dtype: numpy.int64, int32 or float32.
         shape: of the array.
         write: fills an array of that dtype and shape, whatever is in it.
     """
 
+    name: str
     dtype: type[np.generic]
     shape: tuple[int, ...]
     write: Callable[[Array], None]
@@ -52,11 +54,17 @@ class Places(NamedTuple):
 
 def places(height: int, width: int, merge: int) -> Places:
     """Those of a frame of this size, in patches; not to be written into."""
-    if max(height, width) > ORDINARY:
+    if height > ORDINARY or width > ORDINARY:
         return _places(height, width, merge)
-    both, row, column = _ordinary(merge)
     units, patches = height // merge, width * merge
-    return Places(both[:units, :patches], row[:units, :patches], column[:units, :patches])
+    return Places(*(array[:units, :patches] for array in _ordinary(merge)))
+
+
+def rows_and_columns(height: int, width: int, merge: int) -> Array:
+    """`both` of these places."""
+    if height > ORDINARY or width > ORDINARY:
+        return _places(height, width, merge).both
+    return _ordinary(merge).both[: height // merge, : width * merge]
 
 
 @cache

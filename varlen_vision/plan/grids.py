@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,14 @@ Rows = tuple[tuple[Any, ...], ...]
 
 MOST_PATCHES = 2**31 - 1
 """What the int32 of cu_seqlens can count."""
+
+
+def patches(grids: Iterable[Grid]) -> int:
+    """T: of all images."""
+    total = 0
+    for frames, height, width in grids:
+        total += frames * height * width
+    return total
 
 
 def read_rows(grid_thw: Any) -> Rows:
@@ -66,9 +74,8 @@ def grids_from_rows(rows: Rows, merge_size: int = 1) -> tuple[Grid, ...]:
     """
     if not rows:
         raise PlanError("grid_thw has no row; expected one per image or video")
-    grids = tuple(_checked(index, row, merge_size) for index, row in enumerate(rows))
-    total = sum(frames * height * width for frames, height, width in grids)
-    if total > MOST_PATCHES:
+    grids = tuple([_checked(index, row, merge_size) for index, row in enumerate(rows)])
+    if (total := patches(grids)) > MOST_PATCHES:
         raise PlanError(
             f"grid_thw describes {total} patches, more than int32 cu_seqlens can count ({MOST_PATCHES}); "
             "use smaller batches"

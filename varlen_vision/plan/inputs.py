@@ -23,7 +23,7 @@ from varlen_vision.plan.frames import (
     add_runs,
     fill_runs,
     in_windows,
-    places,
+    rows_and_columns,
     write_frames,
 )
 from varlen_vision.plan.grids import Grid
@@ -45,8 +45,8 @@ class TowerInput:
     returns_tuple: ClassVar[bool | None] = None
     names: ClassVar[tuple[str, ...]]
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
-        """The arrays of a batch, one for each name; patches come first."""
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
+        """The arrays of a batch of so many patches, one for each name; patches come first."""
         raise NotImplementedError
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
@@ -81,6 +81,11 @@ class TowerInput:
         """Whether the tower itself could work this out for such a batch."""
         return True
 
+    @property
+    def always_fits(self) -> bool:
+        """Whether it could for every batch."""
+        return type(self).fits is TowerInput.fits
+
     def of_method(self) -> TowerInput:
         """The same as `method` works it out, where that is another formula than `source`'s."""
         return self
@@ -89,11 +94,6 @@ class TowerInput:
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each run of so many begins."""
     return [0, *accumulate(counts[:-1])]
-
-
-def patches(grids: Sequence[Grid]) -> int:
-    """T: of all images."""
-    return sum(frames * height * width for frames, height, width in grids)
 
 
 def per_frame(grids: Sequence[Grid], area: int = 1) -> list[int]:
@@ -124,14 +124,14 @@ class Positions(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         def write(into: Array) -> None:
             write_frames(into, grids, self._frame)
             if self.temporal:
                 frame = [index for frames, _, _ in grids for index in range(frames)]
                 fill_runs(into[:, 0], per_frame(grids), frame)
 
-        return (Field(np.int64, (patches(grids), 2 + self.temporal), write),)
+        return (Field("position_ids", np.int64, (patches, 2 + self.temporal), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("position_ids", np.int64, (patches, 2 + self.temporal)),)
@@ -141,7 +141,7 @@ class Positions(TowerInput):
         return {"POSITIONS": self.merge_size, "TEMPORAL": int(self.temporal)}
 
     def _frame(self, into: Array, height: int, width: int) -> None:
-        both = places(height, width, self.merge_size).both
+        both = rows_and_columns(height, width, self.merge_size)
         into[:, -2:].reshape(both.shape)[:] = both
 
 
@@ -162,7 +162,7 @@ class WindowOrder(TowerInput):
     def unit(self) -> int:
         return self.layout.merge_size
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         area = self.unit**2
 
         def write(into: Array) -> None:
@@ -170,7 +170,7 @@ class WindowOrder(TowerInput):
             counts = per_frame(grids, area)
             add_runs(into, counts, starts(counts))
 
-        return (Field(np.int64, (patches(grids) // area,), write),)
+        return (Field("window_index", np.int64, (patches // area,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         units = (patches // self.unit**2,)
@@ -227,12 +227,12 @@ class FrameIndex(TowerInput):
     source = "get_vision_frame_index"
     names = ("frame_index",)
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         def write(into: Array) -> None:
             rows = [index + (frames > 1) for frames, _, _ in grids for index in range(frames)]
             fill_runs(into, per_frame(grids), rows)
 
-        return (Field(np.int64, (patches(grids),), write),)
+        return (Field("frame_index", np.int64, (patches,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("frame_index", np.int64, (patches,)),)
@@ -258,13 +258,13 @@ class PixelShuffle(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         def write(into: Array) -> None:
             write_frames(into, grids, self._frame)
             counts = per_frame(grids)
             add_runs(into, counts, starts(counts))
 
-        return (Field(np.int64, (patches(grids),), write),)
+        return (Field("pixel_shuffle_index", np.int64, (patches,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("pixel_shuffle_index", np.int64, (patches,)),)
@@ -275,7 +275,7 @@ class PixelShuffle(TowerInput):
 
     def _frame(self, into: Array, height: int, width: int) -> None:
         step = self.merge_size * width
-        row, column = places(self.merge_size, width, self.merge_size).both[0].T
+        row, column = rows_and_columns(self.merge_size, width, self.merge_size)[0].T
         np.add(np.arange(0, height * width, step)[:, None], row * width + column, out=into.reshape(-1, step))
 
 
@@ -306,8 +306,8 @@ class TemporalMerge(TowerInput):
     def unit(self) -> int:
         return max(self.kernel)
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
-        shape, counts = (patches(grids),), per_image(grids)
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
+        (destination_name, weight_name), shape, counts = self.names, (patches,), per_image(grids)
 
         def destination(into: Array) -> None:
             write_frames(into, grids, self._frame)
@@ -316,7 +316,10 @@ class TemporalMerge(TowerInput):
         def weight(into: Array) -> None:
             fill_runs(into, counts, [np.float32(1) / np.float32(frames) for frames, _, _ in grids])
 
-        return Field(np.int64, shape, destination), Field(np.float32, shape, weight)
+        return (
+            Field(destination_name, np.int64, shape, destination),
+            Field(weight_name, np.float32, shape, weight),
+        )
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         destination, weight = self.names
@@ -357,22 +360,22 @@ class TemporalGather(TowerInput):
     def unit(self) -> int:
         return max(self.kernel)
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
-        counts, shape = [_merged(grid, self.kernel) for grid in grids], self._shape(grids)
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
+        counts, shape = [_merged(grid, self.kernel) for grid in grids], self._shape(grids, patches)
 
         def write(into: Array) -> None:
             made = {grid: self._index(grid) for grid in dict.fromkeys(grids)}
             np.concatenate([made[grid] for grid in grids], out=into)
             add_runs(into, counts, starts(per_image(grids)))
 
-        return (Field(np.int64, shape, write),)
+        return (Field("temporal_merge_index", np.int64, shape, write),)
 
-    def _shape(self, grids: Sequence[Grid]) -> tuple[int, ...]:
+    def _shape(self, grids: Sequence[Grid], patches: int) -> tuple[int, ...]:
         merged, frames = self.kernel[0] * self.kernel[1], grids[0][0]
-        return patches(grids) // (frames * merged), frames, merged
+        return patches // (frames * merged), frames, merged
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
-        return (("temporal_merge_index", np.int64, self._shape(grids)),)
+        return (("temporal_merge_index", np.int64, self._shape(grids, patches)),)
 
     @property
     def constants(self) -> Mapping[str, int]:

@@ -19,7 +19,7 @@ from varlen_vision.plan.buffer import Wanted
 from varlen_vision.plan.cache import BYTES_PER_ENTRY, PARTS
 from varlen_vision.plan.frames import ORDINARY, Array, Field, places, write_frames
 from varlen_vision.plan.grids import Grid
-from varlen_vision.plan.inputs import TowerInput, patches
+from varlen_vision.plan.inputs import TowerInput
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Interpolation(TowerInput):
     def unit(self) -> int:
         return self.merge_size
 
-    def fields(self, grids: Sequence[Grid]) -> tuple[Field, ...]:
+    def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         seen = [(t, w, h) for t, h, w in grids] if self.transposed else grids
         # What an axis brings depends on its size alone: one stretch of rows for each size, for both axes.
         sizes = sorted({size for _, height, width in seen for size in (height, width)})
@@ -85,15 +85,14 @@ class Interpolation(TowerInput):
             columns = frames[height, width].column
             np.add(columns, np.int32(first[width]), out=into.reshape(columns.shape))
 
+        rows, columns, row_taps, column_taps, row_weights, column_weights = self.names
         return (
-            *(
-                Field(np.int32, (patches(grids),), partial(write_frames, grids=seen, write=write))
-                for write in (row, column)
-            ),
-            Field(np.int64, shape, partial(_by_row, axis=taps * self.side)),
-            Field(np.int64, shape, partial(_by_column, axis=taps)),
-            Field(np.float32, shape, partial(_by_row, axis=weights)),
-            Field(np.float32, shape, partial(_by_column, axis=weights)),
+            Field(rows, np.int32, (patches,), partial(write_frames, grids=seen, write=row)),
+            Field(columns, np.int32, (patches,), partial(write_frames, grids=seen, write=column)),
+            Field(row_taps, np.int64, shape, partial(_by_row, axis=taps * self.side)),
+            Field(column_taps, np.int64, shape, partial(_by_column, axis=taps)),
+            Field(row_weights, np.float32, shape, partial(_by_row, axis=weights)),
+            Field(column_weights, np.float32, shape, partial(_by_column, axis=weights)),
         )
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:

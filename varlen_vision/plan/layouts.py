@@ -13,6 +13,9 @@ from typing import Protocol
 
 from varlen_vision.plan.grids import Grid
 
+# What transformers calls the cumulative lengths of each kind of layer; `cu_seqlens` where it is not here.
+_CU_SEQLENS = {"windows": "cu_window_seqlens"}
+
 
 class Layout(Protocol):
     """How one kind of layer cuts an image or video into segments."""
@@ -69,6 +72,11 @@ class WindowLayout:
         if tall:
             frame += [tall * column for column in columns]
         return frame * frames
+
+
+def cu_seqlens_name(kind: str) -> str:
+    """What transformers calls the cumulative lengths of this kind of layer."""
+    return _CU_SEQLENS.get(kind, "cu_seqlens")
 
 
 def plan_lengths(grids: Iterable[Grid], layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.inputs import TowerInput
 from varlen_vision.plan.layouts import Layout
 
@@ -25,11 +26,17 @@ class Recipe:
     merge_size: int = field(init=False)
     """Patches per side of a merge unit, which no image may cut."""
     _hash: int = field(init=False, repr=False)
+    _fits: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layouts", dict(self.layouts))
         object.__setattr__(self, "merge_size", max((item.unit for item in self.inputs), default=1))
         object.__setattr__(self, "_hash", hash(self._key()))
+        object.__setattr__(self, "_fits", all(item.always_fits for item in self.inputs))
+
+    def fitting(self, grids: Sequence[Grid]) -> tuple[TowerInput, ...]:
+        """The inputs that the tower itself could work out for such a batch."""
+        return self.inputs if self._fits else tuple(item for item in self.inputs if item.fits(grids))
 
     def _key(self) -> tuple[object, ...]:
         return tuple(self.layouts.items()), self.inputs, self.grid_on_host

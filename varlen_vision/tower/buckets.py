@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varlen_vision.plan import Grid
-from varlen_vision.plan.assemble import cu_seqlens_name
+from varlen_vision.plan.layouts import cu_seqlens_name
 from varlen_vision.segments import Segments
 from varlen_vision.vision_plan import VisionPlan, max_seqlen_name
 
