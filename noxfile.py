@@ -65,6 +65,7 @@ LONG = (
     "jobs/test_launch.py",
     "jobs/test_retry.py",
     "page",
+    "surroundings/test_compile.py",
     "surroundings/test_distributed.py",
     "test_bench.py",
     "test_compare.py",
