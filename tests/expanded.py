@@ -20,7 +20,6 @@ from varlen_vision.plan import (
     WindowLayout,
     WindowOrder,
 )
-from varlen_vision.plan.expand import HEAD
 from varlen_vision.vision_plan import VisionPlan
 
 WINDOWS = WindowLayout(112, 14, 2)
@@ -75,7 +74,7 @@ def fitting(recipe: Recipe, grids: list[Grid]) -> list[Grid]:
 def check(there: VisionPlan, here: VisionPlan) -> None:
     """All that a tower is given is the same, to the last bit, whoever wrote it."""
     grids = here.grids
-    assert HEAD in there.buffer.slots and HEAD not in here.buffer.slots
+    assert there.buffer.head and not here.buffer.head
     for own, expected in ((there.keywords(), here.keywords()), (there.tensors, _arrays(here))):
         for name, value in expected.items():
             _same(own[name], value, name, grids)

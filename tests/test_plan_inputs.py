@@ -11,9 +11,11 @@ import torch
 
 from varlen_vision.plan import (
     FrameIndex,
+    FrameLayout,
     Interpolation,
     PixelShuffle,
     Positions,
+    Recipe,
     TemporalGather,
     TemporalMerge,
     TowerInput,
@@ -26,6 +28,7 @@ from varlen_vision.plan import frames as frames_module
 from varlen_vision.plan.cache import PARTS
 from varlen_vision.plan.frames import Array, add_runs, fill_runs, in_windows, places, write_frames
 from varlen_vision.plan.grids import patches
+from varlen_vision.vision_plan import VisionPlan
 
 INPUTS = (
     Positions(2),
@@ -49,9 +52,9 @@ def _empty_cache() -> Iterator[None]:
 
 def written(item: TowerInput, grids: Any) -> list[Array]:
     fields = item.fields(grids, patches(grids))
-    arrays = [np.full(field.shape, -7, field.dtype) for field in fields]
-    for field, array in zip(fields, arrays, strict=True):
-        field.write(array)
+    arrays = [np.full(shape, -7, dtype) for _, dtype, shape, _ in fields]
+    for (*_, write), array in zip(fields, arrays, strict=True):
+        write(array)
     return arrays
 
 
@@ -196,3 +199,24 @@ def test_temporal_positions_are_what_loops_give() -> None:
         for x in (0, 1)
     ]
     assert written(Positions(2, temporal=True), grids)[0].tolist() == rows
+
+
+@pytest.mark.parametrize("item", INPUTS, ids=repr)
+def test_whoever_writes_into_an_argument_is_seen(item: TowerInput) -> None:
+    """Also into one that is no view of the block, which an input has to say."""
+    recipe = Recipe({"frames": FrameLayout()}, (item,))
+    arguments = dict(_tensors(VisionPlan.from_grid([(2, 6, 10)], recipe).keywords()))
+    assert len(arguments) > 1
+    for name in arguments:
+        clear_plan_cache()
+        plan = VisionPlan.from_grid([(2, 6, 10)], recipe)
+        assert plan.intact()
+        dict(_tensors(plan.keywords()))[name].add_(1)
+        assert not plan.intact(), name
+
+
+def _tensors(keywords: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in keywords.items():
+        for index, one in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(one, torch.Tensor):
+                yield f"{name} {index}", one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from varlen_vision.plan.cache import BATCHES
 from varlen_vision.plan.grids import Grid, Rows, grids_from_rows, patches, read_rows
 from varlen_vision.plan.layouts import cu_seqlens_name
 from varlen_vision.plan.recipe import Recipe
+from varlen_vision.plan.stream import current_stream
 from varlen_vision.segments import Segments
 
 # What transformers calls the longest segment of each kind of layer; `max_seqlen` where it is not here.
@@ -145,9 +146,10 @@ class VisionPlan:
         device = _exact(device)
         if device == self.device:
             return self
-        moved = replace(self, buffer=self.buffer.to(device))
+        with ordinary_tensors():
+            moved = replace(self, buffer=self.buffer.to(device))
+            tensors = moved.tensors
         # The cut is the same: only its cu_seqlens is elsewhere.
-        tensors = moved.tensors
         segments = {
             kind: cut.with_cu_seqlens(tensors[cu_seqlens_name(kind)]) for kind, cut in self.segments.items()
         }
@@ -177,9 +179,12 @@ class VisionPlan:
     @cached_property
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
         """The block, whose views share its version, and what was made from it."""
-        views = {id(tensor) for tensor in self.tensors.values()}
-        found = [self.buffer.block, *(one for one in _flat(self._keywords) if id(one) not in views)]
-        return tuple([(tensor, tensor._version) for tensor in found])
+        kept, keywords = [self.buffer.block], self._keywords
+        if self.recipe.derives:
+            views = {id(tensor) for tensor in self.tensors.values()}
+            made = (value for value in keywords.values() if id(value) not in views)
+            kept += [value for value in made if isinstance(value, Tensor)]
+        return tuple([(tensor, tensor._version) for tensor in kept])
 
     def intact(self) -> bool:
         """Whether nobody wrote into the tensors since the plan was made."""
@@ -274,12 +279,10 @@ def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
     a CUDA graph is captured nothing is kept and nothing looked up: the graph would read memory that the cache
     may free.
     """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _make(rows, recipe, device, alone=True)[0]
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return BATCHES.get((recipe, rows, device, stream), lambda: _make(rows, recipe, device), VisionPlan.intact)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _make(rows, recipe, device, alone=True)[0]
+    key = (recipe, rows, device, current_stream(device))
+    return BATCHES.get(key, lambda: _make(rows, recipe, device), VisionPlan.intact)
 
 
 def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = False) -> tuple[VisionPlan, int]:
@@ -294,14 +297,6 @@ def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = Fal
         for cut in lengths.values():
             size += _BYTES_PER_SEGMENT * len(cut)
     return plan, size
-
-
-def _flat(keywords: Mapping[str, Any]) -> Iterator[Tensor]:
-    for value in keywords.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from (one for one in value if isinstance(one, Tensor))
 
 
 def _exact(device: torch.device | str) -> torch.device:

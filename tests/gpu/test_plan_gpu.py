@@ -7,7 +7,7 @@ import torch
 
 from tests.expanded import RECIPES, batches, check, fitting
 from varlen_vision.plan import clear_plan_cache, expand
-from varlen_vision.plan.expand import HEAD
+from varlen_vision.plan.stream import current_stream
 from varlen_vision.vision_plan import VisionPlan
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_axes_that_no_table_has() -> None:
     """Sides of more than 256 patches: the host writes them, and all of it is copied."""
     recipe, grids = RECIPES["Qwen3-VL"], [(1, 4, 300), (2, 8, 8)]
     there, here = (VisionPlan.from_grid(grids, recipe, device=device) for device in ("cuda", "cpu"))
-    assert HEAD not in there.buffer.slots
+    assert not there.buffer.head
     for name, value in here.keywords().items():
         assert torch.equal(there.keywords()[name].cpu(), value), name
 
@@ -60,6 +60,14 @@ def test_in_a_graph_nothing_kept_is_used() -> None:
         plan = VisionPlan.from_grid(grids, recipe, device="cuda")
     graph.replay()
     here = VisionPlan.from_grid(grids, recipe)
-    assert HEAD not in plan.buffer.slots
+    assert not plan.buffer.head
     for name, value in here.keywords().items():
         assert torch.equal(plan.keywords()[name].cpu(), value), name
+
+
+def test_the_current_stream_is_that_of_pytorch() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert current_stream(torch.device("cpu")) == 0
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            assert current_stream(device) == stream.cuda_stream == torch.cuda.current_stream().cuda_stream

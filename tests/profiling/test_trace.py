@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.towers import batch, tower
-from varlen_vision import optimize_vision, swap_attention
+from varlen_vision import optimize_vision, restore_attention, swap_attention
 from varlen_vision.compare.profiling import FORWARD
 from varlen_vision.kernels import KERNELS, sdpa_segments
 from varlen_vision.kernels.sdpa_mask import MASK_BUILDS
@@ -118,6 +118,10 @@ def test_the_mask_of_a_tower_of_transformers(tmp_path: Path) -> None:
     inputs = zoo.inputs(made, model)
     found = names(write_trace(lambda: model(**inputs), tmp_path / "a.json", model=model))
     assert found["mask build"] == 1
+    swap_attention(model)
+    assert "mask build" not in names(write_trace(lambda: model(**inputs), tmp_path / "b.json", model=model))
+    restore_attention(model)
+    assert found == names(write_trace(lambda: model(**inputs), tmp_path / "c.json", model=model))
     kind = model.config._attn_implementation  # type: ignore[union-attr]
     assert found[f"varlen_vision::attention[{kind}]"] == found["varlen_vision::mlp"] == 3
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from varlen_vision.plan.buffer import Buffer
-from varlen_vision.plan.expand import HEAD, expansion, give_up
+from varlen_vision.plan.expand import expansion, give_up, head_of, write_head
 from varlen_vision.plan.frames import Array, Field
 from varlen_vision.plan.grids import Grid, patches
 from varlen_vision.plan.layouts import cu_seqlens_name, plan_lengths
@@ -44,10 +44,10 @@ def assemble(
         buffer = Buffer.empty(fields, pinned=pinned)
         buffer.write(fields)
         return buffer.to(device), lengths
-    # The head and the grids come first.
-    buffer = Buffer.empty([expanding.head(grids), *fields], expanding.arrays(grids, total), pinned=pinned)
-    buffer.write(fields)
-    expanding.write_head(buffer.array(HEAD), buffer.slots, grids)
+    # The grids come first, as the kernel wants them.
+    head = head_of(len(grids))
+    buffer = Buffer.empty(fields, expanding.arrays(grids, total), pinned=pinned, head=head)
+    write_head(buffer.write(fields), buffer.slots, grids)
     buffer = buffer.to(device)
     try:
         expanding.write(buffer.block, len(grids), total)
@@ -61,7 +61,7 @@ def _grids(grids: tuple[Grid, ...]) -> Field:
     def write(into: Array) -> None:
         into[:] = grids
 
-    return Field("grid_thw", np.int64, (len(grids), 3), write)
+    return ("grid_thw", np.int64, (len(grids), 3), write)
 
 
 def _cumulative(kind: str, lengths: tuple[int, ...]) -> Field:
@@ -73,4 +73,4 @@ def _cumulative(kind: str, lengths: tuple[int, ...]) -> Field:
         into[1:] = lengths
         into.cumsum(out=into)
 
-    return Field(cu_seqlens_name(kind), np.int32, (len(lengths) + 1,), write)
+    return (cu_seqlens_name(kind), np.int32, (len(lengths) + 1,), write)

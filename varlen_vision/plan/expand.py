@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from varlen_vision.plan.frames import ORDINARY, Array
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.inputs import TowerInput, per_image, starts
 from varlen_vision.plan.interpolation import Interpolation, kept_axes
+from varlen_vision.plan.stream import current_stream
 
 Constants = Mapping[str, int]
 
@@ -39,9 +39,6 @@ ARRAYS = (
     "temporal_merge_index",
 )
 """All that the kernel can write, in the order in which it is told where."""
-
-
-HEAD = "_head"
 
 # Plans without a table are written on the GPU from so many patches on. In two runs, on two machines, the host
 # took 125 us for a plan of 6,144 patches that it wrote, 173 with a launch; for 49,152 it took 222 and 186.
@@ -62,34 +59,35 @@ class Expansion:
     constants: Constants
     table: Interpolation | None
 
-    def head(self, grids: Sequence[Grid]) -> Wanted:
-        """What the block begins with, before the grids."""
-        return HEAD, np.int64, (len(ARRAYS) + 2 * len(grids),)
-
     def arrays(self, grids: Sequence[Grid], patches: int) -> list[Wanted]:
         """What is to be written."""
         return [wanted for item in self.items for wanted in item.expanded(grids, patches)]
 
-    def write_head(self, into: Array, slots: Mapping[str, Slot], grids: Sequence[Grid]) -> None:
-        """Where each array begins; then for each image the patches before it, and those in one frame each."""
-        into[: len(ARRAYS)] = [slots[name].offset if name in slots else 0 for name in ARRAYS]
-        before = into[len(ARRAYS) :]
-        before[::2] = starts(per_image(grids))
-        before[1::2] = starts([height * width for _, height, width in grids])
-
     def write(self, block: Tensor, images: int, patches: int) -> None:
         """Write the arrays into a block that begins with the head and the grids."""
-        axes = None if self.table is None else _axes_on(self.table, block.device, _stream(block.device))
+        device = block.device
+        axes = None if self.table is None else _axes_on(self.table, device, current_stream(device))
         _kernel().expand(block, axes, patches, images, self.constants)
+
+
+def head_of(images: int) -> int:
+    """How many int64 a block begins with, before the grids."""
+    return len(ARRAYS) + 2 * images
+
+
+def write_head(into: Array, slots: Mapping[str, Slot], grids: Sequence[Grid]) -> None:
+    """Where each array begins; then for each image the patches before it, and those in one frame each."""
+    into[: len(ARRAYS)] = [slots[name][1] if name in slots else 0 for name in ARRAYS]
+    before = into[len(ARRAYS) :]
+    before[::2] = starts(per_image(grids))
+    before[1::2] = starts([height * width for _, height, width in grids])
 
 
 def expansion(
     items: tuple[TowerInput, ...], grids: Sequence[Grid], patches: int, device: torch.device
 ) -> Expansion | None:
     """How a device writes the arrays of these inputs itself; None where the host has to."""
-    if not items or not can_expand(device):
-        return None
-    if patches < LARGE and _table(items) is None:
+    if not items or (patches < LARGE and _table(items) is None) or not can_expand(device):
         return None
     found = _of(items)
     if found is None or found.table is None:
@@ -156,7 +154,3 @@ def _axes_on(item: Interpolation, device: torch.device, stream: int) -> tuple[Te
 
 def _copied(array: Tensor, device: torch.device) -> Tensor:
     return array.pin_memory().to(device, non_blocking=True)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -167,7 +167,7 @@ def expand(
     """Write all arrays of a batch.
 
     Args:
-        block: (n,) int64, which begins with what `head` wrote.
+        block: (n,) int64, which begins with what `write_head` wrote.
         axes: taps (m, taps) int32 and weights float32 of all ordinary axes; None where no array needs them.
         patches: T.
         images: of the batch.

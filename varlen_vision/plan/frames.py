@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +23,8 @@ ORDINARY = 256
 _SIDE = 8
 
 
-class Field(NamedTuple):
-    """One array of a batch.
-
-    Attributes:
-        name: of the array.
-        dtype: numpy.int64, int32 or float32.
-        shape: of the array.
-        write: fills an array of that dtype and shape, whatever is in it.
-    """
-
-    name: str
-    dtype: type[np.generic]
-    shape: tuple[int, ...]
-    write: Callable[[Array], None]
+Field: TypeAlias = tuple[str, type[np.generic], tuple[int, ...], Callable[[Array], None]]
+"""One array of a batch: its name, its dtype (numpy.int64, int32 or float32), its shape, and what fills it."""
 
 
 class Places(NamedTuple):

@@ -16,6 +16,11 @@ Grid = tuple[int, int, int]
 
 Rows = tuple[tuple[Any, ...], ...]
 
+_INTEGERS = frozenset(
+    {torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
+)
+
 MOST_PATCHES = 2**31 - 1
 """What the int32 of cu_seqlens can count."""
 
@@ -39,12 +44,8 @@ def read_rows(grid_thw: Any) -> Rows:
         PlanError: another dtype, or another rank.
     """
     if isinstance(grid_thw, (Tensor, np.ndarray)):
-        integers = (
-            not (grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool)
-            if isinstance(grid_thw, Tensor)
-            else grid_thw.dtype.kind in "iu"
-        )
-        if not integers:
+        dtype = grid_thw.dtype
+        if not (dtype in _INTEGERS if isinstance(dtype, torch.dtype) else dtype.kind in "iu"):
             raise PlanError(
                 f"grid_thw has dtype {grid_thw.dtype}, expected whole numbers of patches (torch.int64); "
                 "it is what the processor returns beside pixel_values"

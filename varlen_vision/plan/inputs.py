@@ -37,6 +37,7 @@ class TowerInput:
         source: the function of transformers that takes them in place of computing them.
         returns_tuple: whether its annotation says that it returns a tuple, where releases differ in that.
         names: of the arrays, as that function calls them.
+        derives: whether `keywords` makes tensors of its own; else they are the arrays.
         method: of towers in releases before 5.9, whose result follows from it; None where there was none.
     """
 
@@ -44,6 +45,7 @@ class TowerInput:
     method: ClassVar[str | None] = None
     returns_tuple: ClassVar[bool | None] = None
     names: ClassVar[tuple[str, ...]]
+    derives: ClassVar[bool] = False
 
     def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         """The arrays of a batch of so many patches, one for each name; patches come first."""
@@ -91,6 +93,12 @@ class TowerInput:
         return self
 
 
+def follow(into: Array, counts: Sequence[int]) -> None:
+    """Let each run of so many rows, which counts from 0, count on from where it begins."""
+    if len(counts) > 1:
+        add_runs(into, counts, starts(counts))
+
+
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each run of so many begins."""
     return [0, *accumulate(counts[:-1])]
@@ -131,7 +139,7 @@ class Positions(TowerInput):
                 frame = [index for frames, _, _ in grids for index in range(frames)]
                 fill_runs(into[:, 0], per_frame(grids), frame)
 
-        return (Field("position_ids", np.int64, (patches, 2 + self.temporal), write),)
+        return (("position_ids", np.int64, (patches, 2 + self.temporal), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("position_ids", np.int64, (patches, 2 + self.temporal)),)
@@ -167,10 +175,9 @@ class WindowOrder(TowerInput):
 
         def write(into: Array) -> None:
             write_frames(into, grids, self._frame, area)
-            counts = per_frame(grids, area)
-            add_runs(into, counts, starts(counts))
+            follow(into, per_frame(grids, area))
 
-        return (Field("window_index", np.int64, (patches // area,), write),)
+        return (("window_index", np.int64, (patches // area,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         units = (patches // self.unit**2,)
@@ -232,7 +239,7 @@ class FrameIndex(TowerInput):
             rows = [index + (frames > 1) for frames, _, _ in grids for index in range(frames)]
             fill_runs(into, per_frame(grids), rows)
 
-        return (Field("frame_index", np.int64, (patches,), write),)
+        return (("frame_index", np.int64, (patches,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("frame_index", np.int64, (patches,)),)
@@ -261,10 +268,9 @@ class PixelShuffle(TowerInput):
     def fields(self, grids: Sequence[Grid], patches: int) -> tuple[Field, ...]:
         def write(into: Array) -> None:
             write_frames(into, grids, self._frame)
-            counts = per_frame(grids)
-            add_runs(into, counts, starts(counts))
+            follow(into, per_frame(grids))
 
-        return (Field("pixel_shuffle_index", np.int64, (patches,), write),)
+        return (("pixel_shuffle_index", np.int64, (patches,), write),)
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
         return (("pixel_shuffle_index", np.int64, (patches,)),)
@@ -317,8 +323,8 @@ class TemporalMerge(TowerInput):
             fill_runs(into, counts, [np.float32(1) / np.float32(frames) for frames, _, _ in grids])
 
         return (
-            Field(destination_name, np.int64, shape, destination),
-            Field(weight_name, np.float32, shape, weight),
+            (destination_name, np.int64, shape, destination),
+            (weight_name, np.float32, shape, weight),
         )
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:
@@ -368,7 +374,7 @@ class TemporalGather(TowerInput):
             np.concatenate([made[grid] for grid in grids], out=into)
             add_runs(into, counts, starts(per_image(grids)))
 
-        return (Field("temporal_merge_index", np.int64, shape, write),)
+        return (("temporal_merge_index", np.int64, shape, write),)
 
     def _shape(self, grids: Sequence[Grid], patches: int) -> tuple[int, ...]:
         merged, frames = self.kernel[0] * self.kernel[1], grids[0][0]

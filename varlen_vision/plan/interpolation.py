@@ -60,6 +60,8 @@ class Interpolation(TowerInput):
         "interp_column_weights",
     )
 
+    derives = True
+
     @property
     def keyword_names(self) -> tuple[str, ...]:
         return ("interp_indices", "interp_weights")
@@ -87,12 +89,12 @@ class Interpolation(TowerInput):
 
         rows, columns, row_taps, column_taps, row_weights, column_weights = self.names
         return (
-            Field(rows, np.int32, (patches,), partial(write_frames, grids=seen, write=row)),
-            Field(columns, np.int32, (patches,), partial(write_frames, grids=seen, write=column)),
-            Field(row_taps, np.int64, shape, partial(_by_row, axis=taps * self.side)),
-            Field(column_taps, np.int64, shape, partial(_by_column, axis=taps)),
-            Field(row_weights, np.float32, shape, partial(_by_row, axis=weights)),
-            Field(column_weights, np.float32, shape, partial(_by_column, axis=weights)),
+            (rows, np.int32, (patches,), partial(write_frames, grids=seen, write=row)),
+            (columns, np.int32, (patches,), partial(write_frames, grids=seen, write=column)),
+            (row_taps, np.int64, shape, partial(_by_row, axis=taps * self.side)),
+            (column_taps, np.int64, shape, partial(_by_column, axis=taps)),
+            (row_weights, np.float32, shape, partial(_by_row, axis=weights)),
+            (column_weights, np.float32, shape, partial(_by_column, axis=weights)),
         )
 
     def expanded(self, grids: Sequence[Grid], patches: int) -> tuple[Wanted, ...]:

@@ -26,12 +26,15 @@ class Recipe:
     merge_size: int = field(init=False)
     """Patches per side of a merge unit, which no image may cut."""
     _hash: int = field(init=False, repr=False)
+    derives: bool = field(init=False, repr=False)
+    """Whether keyword arguments hold tensors that are made from the arrays."""
     _fits: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layouts", dict(self.layouts))
         object.__setattr__(self, "merge_size", max((item.unit for item in self.inputs), default=1))
         object.__setattr__(self, "_hash", hash(self._key()))
+        object.__setattr__(self, "derives", any(item.derives for item in self.inputs))
         object.__setattr__(self, "_fits", all(item.always_fits for item in self.inputs))
 
     def fitting(self, grids: Sequence[Grid]) -> tuple[TowerInput, ...]:

@@ -30,6 +30,7 @@ from varlen_vision.profiling.compiled import around_compiled, compiled_modules, 
 from varlen_vision.profiling.labels import Labels
 from varlen_vision.profiling.modules import attention_modules, implementation, mlp_modules
 from varlen_vision.scopes import scope_of
+from varlen_vision.scopes.masks import SegmentsForMask
 
 PLAN = "varlen_vision::plan"
 MLP = "varlen_vision::mlp"
@@ -95,6 +96,8 @@ def _homes(model: nn.Module) -> Iterator[ModuleType]:
 
 def _functions(home: ModuleType, labels: Labels, plans: bool) -> Iterator[tuple[Any, str, Wrap]]:
     for name, value in list(vars(home).items()):
+        if isinstance(value, SegmentsForMask):  # once a tower was swapped, around what makes masks for others
+            yield value, "function", _mask(labels)
         if not isinstance(value, FunctionType):
             continue
         if plans and name.startswith(_PLAN_FUNCTIONS):
