@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from varlen_vision.errors import PlanError
 from varlen_vision.plan import (
+    ClipLayout,
     FrameIndex,
     FrameLayout,
     Interpolation,
@@ -213,6 +216,29 @@ def test_whoever_writes_into_an_argument_is_seen(item: TowerInput) -> None:
         assert plan.intact()
         dict(_tensors(plan.keywords()))[name].add_(1)
         assert not plan.intact(), name
+
+
+@pytest.mark.parametrize("item", INPUTS, ids=repr)
+def test_plans_of_inference_serve_training_next(item: TowerInput) -> None:
+    recipe = Recipe({"frames": FrameLayout()}, (item,))
+    with torch.inference_mode():
+        plan = VisionPlan.from_grid([(2, 6, 10)], recipe)
+        for one in (plan, replace(plan), plan.to("meta")):
+            tensors = [*one.tensors.values(), *dict(_tensors(one.keywords())).values()]
+            assert len(tensors) > 2 and not any(tensor.is_inference() for tensor in tensors)
+            assert one.intact()
+
+
+@pytest.mark.parametrize(
+    ("layouts", "inputs", "name"),
+    [
+        ({"frames": FrameLayout()}, (Positions(2), Positions(1, temporal=True)), "position_ids"),
+        ({"frames": FrameLayout(), "clips": ClipLayout()}, (), "cu_seqlens"),
+    ],
+)
+def test_one_array_of_each_name(layouts: dict[str, Any], inputs: tuple[TowerInput, ...], name: str) -> None:
+    with pytest.raises(PlanError, match=f"more than one {name}"):
+        Recipe(layouts, inputs)
 
 
 def _tensors(keywords: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -102,7 +102,8 @@ class VisionPlan:
         `grid_thw` (images, 3) int64; for each kind of layer `cu_seqlens` or `cu_window_seqlens`, (S + 1,)
         int32; and those of the recipe's inputs (see varlen_vision.plan.inputs).
         """
-        return self.buffer.tensors()
+        with ordinary_tensors():
+            return self.buffer.tensors()
 
     @cached_property
     def segments(self) -> Mapping[str, Segments]:

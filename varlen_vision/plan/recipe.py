@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from varlen_vision.errors import PlanError
 from varlen_vision.plan.grids import Grid
 from varlen_vision.plan.inputs import TowerInput
-from varlen_vision.plan.layouts import Layout
+from varlen_vision.plan.layouts import Layout, cu_seqlens_name
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """What follows from the grids for one tower; made once, and compared by what it holds.
+
+    Raises PlanError where two of its arrays would have one name.
 
     Attributes:
         layouts: how each kind of layer cuts the patches, by name.
@@ -32,6 +35,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layouts", dict(self.layouts))
+        names = [name for item in self.inputs for name in item.names]
+        names += [cu_seqlens_name(kind) for kind in self.layouts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise PlanError(
+                f"layouts {list(self.layouts)} and inputs {self.inputs} have more than one "
+                f"{', '.join(twice)}; a tower takes one array of each name"
+            )
         object.__setattr__(self, "merge_size", max((item.unit for item in self.inputs), default=1))
         object.__setattr__(self, "_hash", hash(self._key()))
         object.__setattr__(self, "derives", any(item.derives for item in self.inputs))

@@ -13,5 +13,8 @@ def current_stream(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # It says what is wrong, where a process was forked too late for instance.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     address: int = torch._C._cuda_getCurrentRawStream(device.index)
     return address
