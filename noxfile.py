@@ -65,7 +65,6 @@ LONG = (
     "jobs/test_launch.py",
     "jobs/test_retry.py",
     "page",
-    "surroundings/test_compile.py",
     "surroundings/test_distributed.py",
     "test_bench.py",
     "test_compare.py",

@@ -410,8 +410,7 @@ def test_a_tower_compiled_by_hand_sees_what_is_done_to_its_layers(mode: str, cha
             for child, module in model.named_modules():
                 if child.endswith(("up_proj", "fc1")):
                     module.register_forward_hook(lambda module, args, output: 2 * output)
-        if optimise:
-            model.compile(backend="aot_eager")
+        model.compile(backend="aot_eager")
         before = run(name, model)
         if change == "LoRA after":
             _add_lora(model)
