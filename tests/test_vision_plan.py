@@ -29,7 +29,7 @@ from varlen_vision.families import FAMILIES
 from varlen_vision.families.recipe import accepted_recipe, home_of, recipe_of
 from varlen_vision.plan import Interpolation, Positions, Recipe, clear_plan_cache
 from varlen_vision.plan.cache import BATCHES, DEFAULT_BYTES, PARTS, ByteCache
-from varlen_vision.plan.layouts import FrameLayout
+from varlen_vision.plan.layouts import FrameLayout, cu_seqlens_name
 from varlen_vision.scopes import scope_of
 from varlen_vision.scopes import tower as tower_module
 from varlen_vision.scopes.observe import Observation, Step, current_observation, equal, observing
@@ -166,7 +166,8 @@ def test_the_second_forward_is_planned_and_equal(name: str, monkeypatch: pytest.
             kind: tuple(n for m in cut for n in (m // 2, m - m // 2)) for kind, cut in plan.lengths.items()
         }
         segments = {kind: type(cut).from_lengths(halves[kind]) for kind, cut in plan.segments.items()}
-        spoiled = dataclasses.replace(plan, lengths=halves)
+        cuts = {cu_seqlens_name(kind): cut.cu_seqlens for kind, cut in segments.items()}
+        spoiled = dataclasses.replace(plan, lengths=halves, tensors={**plan.tensors, **cuts})
         spoiled.__dict__["segments"] = segments
         return spoiled
 

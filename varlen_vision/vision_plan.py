@@ -64,12 +64,18 @@ class VisionPlan:
         grids: frames, height and width in patches, one per image or video.
         lengths: patches per segment for each kind of layer, in order, as host integers.
         buffer: all arrays, in one block.
+        tensors: the arrays by name, views of the block: for each kind of layer `cu_seqlens` or
+            `cu_window_seqlens`, (S + 1,) int32; and those of the recipe's inputs (see
+            varlen_vision.plan.inputs).
+        version: of the block when the plan was made (see `intact`).
     """
 
     recipe: Recipe
     grids: tuple[Grid, ...]
     lengths: Mapping[str, tuple[int, ...]]
     buffer: Buffer
+    tensors: Mapping[str, Tensor]
+    version: int
 
     @classmethod
     def from_grid(
@@ -96,14 +102,10 @@ class VisionPlan:
         return plan_rows(read_rows(grid_thw), recipe, _exact(device or "cpu"))
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """All arrays by name, views of one block.
-
-        `grid_thw` (images, 3) int64; for each kind of layer `cu_seqlens` or `cu_window_seqlens`, (S + 1,)
-        int32; and those of the recipe's inputs (see varlen_vision.plan.inputs).
-        """
+    def grid_thw(self) -> Tensor:
+        """(images, 3) int64: the grids, where the plan is."""
         with ordinary_tensors():
-            return self.buffer.tensors()
+            return self.buffer.block[: 3 * len(self.grids)].view(-1, 3)
 
     @cached_property
     def segments(self) -> Mapping[str, Segments]:
@@ -148,8 +150,9 @@ class VisionPlan:
         if device == self.device:
             return self
         with ordinary_tensors():
-            moved = replace(self, buffer=self.buffer.to(device))
-            tensors = moved.tensors
+            buffer = self.buffer.to(device)
+            tensors = buffer.tensors()
+            moved = replace(self, buffer=buffer, tensors=tensors, version=buffer.block._version)
         # The cut is the same: only its cu_seqlens is elsewhere.
         segments = {
             kind: cut.with_cu_seqlens(tensors[cu_seqlens_name(kind)]) for kind, cut in self.segments.items()
@@ -163,33 +166,37 @@ class VisionPlan:
         Args:
             max_seqlen: the longest segments too, which transformers asks for only with a flash attention.
         """
-        if not max_seqlen:
-            return dict(self._keywords)
-        return self._keywords | {max_seqlen_name(kind): most for kind, most in self.max_seqlen.items()}
-
-    @cached_property
-    def _keywords(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        with ordinary_tensors():
-            for kind, cut in self.segments.items():
-                found[cu_seqlens_name(kind)] = cut.cu_seqlens
-            for item in self.recipe.fitting(self.grids):
-                found |= item.keywords(self.tensors, self.grids)
+        tensors, plain = self.tensors, self.recipe.plain
+        found = dict(self._keywords) if plain is None else {name: tensors[name] for name in plain}
+        if max_seqlen:
+            found |= {max_seqlen_name(kind): most for kind, most in self.max_seqlen.items()}
         return found
 
     @cached_property
-    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        """The block, whose views share its version, and what was made from it."""
-        kept, keywords = [self.buffer.block], self._keywords
-        if self.recipe.derives:
-            views = {id(tensor) for tensor in self.tensors.values()}
-            made = (value for value in keywords.values() if id(value) not in views)
-            kept += [value for value in made if isinstance(value, Tensor)]
-        return tuple([(tensor, tensor._version) for tensor in kept])
+    def _keywords(self) -> dict[str, Any]:
+        """Where they are not the arrays alone."""
+        tensors = self.tensors
+        names = [cu_seqlens_name(kind) for kind in self.lengths]
+        found: dict[str, Any] = {name: tensors[name] for name in names}
+        with ordinary_tensors():
+            for item in self.recipe.fitting(self.grids):
+                found |= item.keywords(tensors, self.grids)
+        return found
+
+    @cached_property
+    def _derived(self) -> tuple[tuple[Tensor, int], ...]:
+        """What was made from the arrays, and its versions then."""
+        if not self.recipe.derives:
+            return ()
+        views = {id(tensor) for tensor in self.tensors.values()}
+        made = [value for value in self._keywords.values() if id(value) not in views]
+        return tuple([(value, value._version) for value in made if isinstance(value, Tensor)])
 
     def intact(self) -> bool:
         """Whether nobody wrote into the tensors since the plan was made."""
-        return all(tensor._version == version for tensor, version in self._versions)
+        if self.buffer.block._version != self.version:  # which its views share
+            return False
+        return not self.recipe.derives or all(tensor._version == then for tensor, then in self._derived)
 
     def check_batch(self, grid_thw: Any, recipe: Recipe) -> None:
         """Raise PlanError unless this plan was made for such a tower and exactly these grids.
@@ -280,30 +287,37 @@ def plan_rows(rows: Rows, recipe: Recipe, device: torch.device) -> VisionPlan:
     a CUDA graph is captured nothing is kept and nothing looked up: the graph would read memory that the cache
     may free.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    stream = current_stream(device)
+    if stream and torch.cuda.is_current_stream_capturing():  # the default stream, 0, cannot be captured
         return _make(rows, recipe, device, alone=True)[0]
-    key = (recipe, rows, device, current_stream(device))
+    key = (recipe, rows, device, stream)
     return BATCHES.get(key, lambda: _make(rows, recipe, device), VisionPlan.intact)
 
 
 def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = False) -> tuple[VisionPlan, int]:
+    """A plan, and its size in bytes."""
+    if torch.is_inference_mode_enabled():  # a plan may serve training next
+        with ordinary_tensors():
+            return _make(rows, recipe, device, alone=alone)
     grids = grids_from_rows(rows, recipe.merge_size)
-    with ordinary_tensors():  # once, for all that is made inside
-        buffer, lengths = assemble(recipe, grids, device, alone=alone)
-        plan = VisionPlan(recipe, grids, lengths, buffer)
-        # Now, so that `intact` knows how the tensors were when nobody had them yet.
-        size = _BYTES_PER_PLAN
-        for tensor, _ in plan._versions:
-            size += tensor.nbytes
-        for cut in lengths.values():
-            size += _BYTES_PER_SEGMENT * len(cut)
+    buffer, lengths = assemble(recipe, grids, device, alone=alone)
+    block = buffer.block
+    plan = VisionPlan(recipe, grids, lengths, buffer, buffer.tensors(), block._version)
+    size = _BYTES_PER_PLAN + block.nbytes + _BYTES_PER_SEGMENT * sum(map(len, lengths.values()))
+    # Now, so that `intact` knows how the tensors were when nobody had them yet.
+    for tensor, _ in plan._derived if recipe.derives else ():
+        size += tensor.nbytes
     return plan, size
 
 
 def _exact(device: torch.device | str) -> torch.device:
     """With the index of the current GPU, where only 'cuda' was said."""
-    device = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+    if isinstance(device, str):
+        device = torch.device(device)
+    index: int | None = device.index
+    if index is None and device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _shape(recipe: Recipe) -> str:

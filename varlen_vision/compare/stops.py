@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from varlen_vision.testing.zoo.real import real_tower
 from varlen_vision.vision_plan import VisionPlan
 
 TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "kimi_k25")
+_ROW = 12
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
 
 
@@ -182,7 +183,7 @@ def _plan_times(name: str, workload: str, model: nn.Module, inputs: dict[str, An
     if not made:
         return []
     on_host, recipe = grid.cpu(), recipe_of(model)
-    orders = [on_host[torch.randperm(len(on_host))] for _ in range(20)]
+    orders = [on_host[torch.randperm(len(on_host))] for _ in range(60)]
 
     def theirs(grids: Tensor) -> Callable[[int], object]:
         return lambda _: [step.run(grids) for step in made]
@@ -190,41 +191,44 @@ def _plan_times(name: str, workload: str, model: nn.Module, inputs: dict[str, An
     def ours(which: Callable[[int], Tensor]) -> Callable[[int], object]:
         return lambda index: _plan(which(index), recipe, grid.device)
 
-    clear_plan_cache()
-    _plan(on_host, recipe, grid.device)
-    found = PlanTime(
-        name,
-        workload,
-        len(on_host),
-        transformers=_microseconds(theirs(grid), grid.device),
-        transformers_host=_microseconds(theirs(on_host), grid.device),
-        uncached=_microseconds(ours(lambda _: on_host), grid.device, before=clear_plan_cache),
-        reordered=_microseconds(ours(lambda index: orders[index]), grid.device),
-        cached=_microseconds(ours(lambda _: on_host), grid.device),
-    )
-    return [found]
+    ways = {
+        "transformers": (theirs(grid), _nothing),
+        "transformers_host": (theirs(on_host), _nothing),
+        "uncached": (ours(lambda _: on_host), clear_plan_cache),
+        # These follow on a plan of the same sizes.
+        "reordered": (ours(lambda index: orders[index]), _nothing),
+        "cached": (ours(lambda _: on_host), _nothing),
+    }
+    return [PlanTime(name, workload, len(on_host), **_microseconds(ways, grid.device, len(orders)))]
 
 
 def _plan(grid: Tensor, recipe: Recipe, device: torch.device) -> object:
     return VisionPlan.from_grid(grid, recipe, device=device).keywords()
 
 
+def _nothing() -> None:
+    pass
+
+
 def _microseconds(
-    work: Callable[[int], object],
-    device: torch.device,
-    repeats: int = 20,
-    before: Callable[[], object] = lambda: None,
-) -> float:
-    """Median time until `work` returns, with nothing pending on the GPU before it; `before` is not timed."""
-    took = []
-    for index in range(repeats):
-        before()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work(index)
-        took.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(took)
+    ways: Mapping[str, tuple[Callable[[int], object], Callable[[], None]]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median time until each returns, with nothing pending on the GPU before it; what precedes is not timed.
+
+    They take turns of some in a row, since a host that others use too is slower for a while and faster for
+    another.
+    """
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for first in range(0, repeats, _ROW):
+        for name, (work, before) in ways.items():
+            for index in range(first, min(first + _ROW, repeats)):
+                before()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                work(index)
+                took[name].append(time.perf_counter() - start)
+    return {name: 1e6 * statistics.median(times) for name, times in took.items()}
 
 
 def without_flash(counted: Iterable[Stops]) -> list[str]:

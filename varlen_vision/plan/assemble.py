@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from varlen_vision.plan.buffer import Buffer
+from varlen_vision.plan.buffer import Buffer, ordinary, pinned
 from varlen_vision.plan.expand import expansion, give_up, head_of, write_head
 from varlen_vision.plan.frames import Array, Field
 from varlen_vision.plan.grids import Grid, patches
@@ -22,7 +22,8 @@ _MANY = 64
 def assemble(
     recipe: Recipe, grids: tuple[Grid, ...], device: torch.device, *, alone: bool = False
 ) -> tuple[Buffer, Mapping[str, tuple[int, ...]]]:
-    """All arrays of a batch in one block on a device, and the lengths of its segments by kind of layer.
+    """All arrays of a batch in one block on a device, which begins with its grids, three int64 each; and the
+    lengths of its segments by kind of layer.
 
     One copy brings the block to a GPU, from page-locked memory, so that the host does not wait; or a part of
     it, from which a kernel there writes the rest.
@@ -36,18 +37,19 @@ def assemble(
     lengths, total = plan_lengths(grids, recipe.layouts), patches(grids)
     items = recipe.fitting(grids)
     expanding = None if alone else expansion(items, grids, total, device)
-    fields = [_grids(grids), *(_cumulative(kind, cut) for kind, cut in lengths.items())]
-    pinned = device.type == "cuda"
+    fields = [_cumulative(kind, cut) for kind, cut in lengths.items()]
+    numbers = 3 * len(grids)
+    take = pinned if device.type == "cuda" else ordinary
     if expanding is None:
         for item in items:
             fields += item.fields(grids, total)
-        buffer = Buffer.empty(fields, pinned=pinned)
-        buffer.write(fields)
+        buffer, into = Buffer.written(fields, head=numbers, take=take)
+        into.reshape(-1, 3)[:] = grids
         return buffer.to(device), lengths
-    # The grids come first, as the kernel wants them.
-    head = head_of(len(grids))
-    buffer = Buffer.empty(fields, expanding.arrays(grids, total), pinned=pinned, head=head)
-    write_head(buffer.write(fields), buffer.slots, grids)
+    head = numbers + head_of(len(grids))
+    buffer, into = Buffer.written(fields, expanding.arrays(grids, total), head=head, take=take)
+    into[:numbers].reshape(-1, 3)[:] = grids
+    write_head(into[numbers:], buffer.slots, grids)
     buffer = buffer.to(device)
     try:
         expanding.write(buffer.block, len(grids), total)
@@ -55,13 +57,6 @@ def assemble(
         give_up(device, error)
         return assemble(recipe, grids, device)
     return buffer, lengths
-
-
-def _grids(grids: tuple[Grid, ...]) -> Field:
-    def write(into: Array) -> None:
-        into[:] = grids
-
-    return ("grid_thw", np.int64, (len(grids), 3), write)
 
 
 def _cumulative(kind: str, lengths: tuple[int, ...]) -> Field:

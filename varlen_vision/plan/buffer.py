@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,42 +34,64 @@ Slot: TypeAlias = tuple[type[np.generic], int, tuple[int, ...]]
 """Where one array is: its dtype, elements of that dtype before it, and its shape."""
 
 
-@dataclass(frozen=True, eq=False)
-class Buffer:
+Take: TypeAlias = Callable[[int], tuple[Tensor, Array]]
+"""Gives so many int64 of the host's memory, as a tensor and as an array."""
+
+
+def ordinary(count: int) -> tuple[Tensor, Array]:
+    """Memory that nothing is known of."""
+    # Named, since torch.set_default_device may say another.
+    block = torch.empty(count, dtype=torch.int64, device="cpu")
+    return block, block.numpy()
+
+
+def pinned(count: int) -> tuple[Tensor, Array]:
+    """Page-locked memory, from which a GPU copies while the host goes on."""
+    block = torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
+    return block, block.numpy()
+
+
+class Buffer(NamedTuple):
     """A block of memory, and what is in it. Its methods are to be called in `ordinary_tensors()`.
 
     Attributes:
         block: (n,) int64, as most of the arrays are.
         slots: where each array is, by name.
+        head: int64 at the beginning, before the arrays: the grids, and what the kernel that fills the room
+            needs.
         pinned: whether the block is known to be page-locked memory of the host.
         room: int64 behind the block that slots reach into, once it is on a device that fills them.
-        head: int64 at the beginning that are no array, but for the kernel that fills the room.
     """
 
     block: Tensor
     slots: Mapping[str, Slot]
+    head: int = 0
     pinned: bool = False
     room: int = 0
-    head: int = 0
 
     @classmethod
-    def empty(
-        cls, fields: Iterable[Field], behind: Iterable[Wanted] = (), *, pinned: bool, head: int = 0
-    ) -> Buffer:
-        """Room for arrays.
+    def written(
+        cls, fields: Sequence[Field], behind: Sequence[Wanted] = (), *, head: int = 0, take: Take = ordinary
+    ) -> tuple[Buffer, Array]:
+        """Arrays in the memory of the host.
 
         Args:
-            fields: of these.
+            fields: these.
             behind: that the device is to fill; on the host there is no memory for them.
-            pinned: take page-locked memory.
-            head: int64 before all of them, an even number.
+            head: int64 before all of them.
+            take: gives the memory: `ordinary` or `pinned`.
+
+        Returns:
+            The buffer, and its head, (head,) int64, which is to be filled.
         """
         slots: dict[str, Slot] = {}
-        end = _place(slots, fields, 8 * head)
-        whole = _place(slots, behind, end)
-        # Named, since torch.set_default_device may say another.
-        block = torch.empty(end // 8, dtype=torch.int64, device="cpu", pin_memory=pinned)
-        return cls(block, slots, pinned, (whole - end) // 8, head)
+        end = whole = _place(slots, fields, 8 * head)
+        if behind:
+            whole = _place(slots, behind, end)
+        block, memory = take(end // 8)
+        for name, dtype, shape, write in fields:
+            write(np.ndarray(shape, dtype, memory, slots[name][1] * _BYTES[dtype]))
+        return cls(block, slots, head, take is pinned, (whole - end) // 8), memory[:head]
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by name: views of the block."""
@@ -79,29 +100,24 @@ class Buffer:
         for name, (dtype, offset, shape) in self.slots.items():
             if (block := seen.get(dtype)) is None:
                 block = seen[dtype] = self.block.view(_DTYPES[dtype])
-            found[name] = block.as_strided(shape, _strides(shape), offset)
+            # Most have one axis.
+            found[name] = block.as_strided(shape, _STEP if len(shape) == 1 else _strides(shape), offset)
         return found
-
-    def write(self, fields: Iterable[Field]) -> Array:
-        """Fill these arrays of a block in the memory of the host; returns the head, to be filled too."""
-        memory: Array = self.block.numpy()
-        for name, dtype, shape, write in fields:
-            write(np.ndarray(shape, dtype, memory, self.slots[name][1] * _BYTES[dtype]))
-        return memory[: self.head]
 
     def to(self, device: torch.device) -> Buffer:
         """The same on `device`: one copy, for which the host does not wait where that is a GPU."""
         block = self.block
-        if device == block.device and not self.room:
-            return self
-        later = device.type == "cuda"
-        if later and block.device.type == "cpu" and not self.pinned:
-            block = block.pin_memory()
+        later = self.pinned or device.type == "cuda"
+        if not self.pinned:
+            if device == block.device and not self.room:
+                return self
+            if later and block.device.type == "cpu":
+                block = block.pin_memory()
         if not self.room:
-            return Buffer(block.to(device, non_blocking=later), self.slots, head=self.head)
+            return Buffer(block.to(device, non_blocking=later), self.slots, self.head)
         whole = torch.empty(len(block) + self.room, dtype=torch.int64, device=device)
         whole[: len(block)].copy_(block, non_blocking=later)
-        return Buffer(whole, self.slots, head=self.head)
+        return Buffer(whole, self.slots, self.head)
 
 
 def ordinary_tensors() -> AbstractContextManager[object]:
@@ -112,6 +128,7 @@ def ordinary_tensors() -> AbstractContextManager[object]:
 
 def _place(slots: dict[str, Slot], wanted: Iterable[Wanted | Field], end: int) -> int:
     """Give each array its place from the byte `end` on; returns where they end."""
+    end += -end % ALIGNMENT
     for one in wanted:
         name, dtype, shape = one[:3]
         size = _BYTES[dtype]
@@ -122,8 +139,6 @@ def _place(slots: dict[str, Slot], wanted: Iterable[Wanted | Field], end: int) -
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 1:  # most are
-        return _STEP
     if len(shape) == 2:
         return shape[1], 1
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

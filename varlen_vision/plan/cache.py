@@ -52,9 +52,13 @@ class ByteCache:
         value, size = make()
         with self._lock:
             if size <= self._max_bytes:
-                _, before = self._entries.pop(key, (None, 0))
-                self._entries[key] = (value, size)
-                self._bytes += size - before
+                entry = value, size
+                there = self._entries.setdefault(key, entry)  # looks the key up once
+                if there is not entry:
+                    self._bytes -= there[1]
+                    self._entries[key] = entry
+                    self._entries.move_to_end(key)
+                self._bytes += size
                 self._shrink()
         return value
 

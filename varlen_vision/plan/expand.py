@@ -64,14 +64,14 @@ class Expansion:
         return [wanted for item in self.items for wanted in item.expanded(grids, patches)]
 
     def write(self, block: Tensor, images: int, patches: int) -> None:
-        """Write the arrays into a block that begins with the head and the grids."""
+        """Write the arrays into a block that begins with the grids and the head."""
         device = block.device
         axes = None if self.table is None else _axes_on(self.table, device, current_stream(device))
         _kernel().expand(block, axes, patches, images, self.constants)
 
 
 def head_of(images: int) -> int:
-    """How many int64 a block begins with, before the grids."""
+    """How many int64 the kernel reads behind the grids."""
     return len(ARRAYS) + 2 * images
 
 

@@ -55,10 +55,10 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     ARRAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # The block begins with where each array does; then for each image the patches before it, and those of one
-    # frame each of the images before it; then frames, height and width.
-    starts = block + ARRAYS
-    sizes = starts + 2 * images
+    # The block begins with frames, height and width of each image; then comes where each array begins; then
+    # for each image the patches before it, and those of one frame each of the images before it.
+    head = block + 3 * images
+    starts = head + ARRAYS
     patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = patch < patches
 
@@ -72,9 +72,9 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         high = tl.where(before, high, middle)
     start = tl.load(starts + 2 * low).to(tl.int32)
     start_of_frames = tl.load(starts + 2 * low + 1).to(tl.int32)
-    frames = tl.load(sizes + 3 * low).to(tl.int32)
-    height = tl.load(sizes + 3 * low + 1).to(tl.int32)
-    width = tl.load(sizes + 3 * low + 2).to(tl.int32)
+    frames = tl.load(block + 3 * low).to(tl.int32)
+    height = tl.load(block + 3 * low + 1).to(tl.int32)
+    width = tl.load(block + 3 * low + 2).to(tl.int32)
 
     area = height * width
     local = patch - start
@@ -85,7 +85,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 
     if POSITIONS:
         row, column = _place(index, width, POSITIONS)
-        at = block + tl.load(block) + wide_patch * (2 + TEMPORAL)
+        at = block + tl.load(head) + wide_patch * (2 + TEMPORAL)
         if TEMPORAL:
             tl.store(at, frame.to(tl.int64), mask=there)
         tl.store(at + TEMPORAL, row.to(tl.int64), mask=there)
@@ -110,16 +110,16 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         column = window * WINDOW_SIDE + in_window % wide
         order = (first // unit + row * wide_units + column).to(tl.int64)
         once = there & (index % unit == 0)
-        tl.store(block + tl.load(block + 1) + wide_patch // unit, order, mask=once)
-        tl.store(block + tl.load(block + 2) + order, wide_patch // unit, mask=once)
+        tl.store(block + tl.load(head + 1) + wide_patch // unit, order, mask=once)
+        tl.store(block + tl.load(head + 2) + order, wide_patch // unit, mask=once)
 
     if FRAME_INDEX:
-        tl.store(block + tl.load(block + 3) + wide_patch, (frame + (frames > 1)).to(tl.int64), mask=there)
+        tl.store(block + tl.load(head + 3) + wide_patch, (frame + (frames > 1)).to(tl.int64), mask=there)
 
     if SHUFFLE:
         row, column = _place(index, width, SHUFFLE)
         tl.store(
-            block + tl.load(block + 4) + wide_patch, (first + row * width + column).to(tl.int64), mask=there
+            block + tl.load(head + 4) + wide_patch, (first + row * width + column).to(tl.int64), mask=there
         )
 
     if TAPS:
@@ -129,8 +129,8 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         # The tables have all axes of 1, 2, 3 ... patches, one after the other.
         row_at = (seen_height * (seen_height - 1) // 2 + row) * TAPS
         column_at = (seen_width * (seen_width - 1) // 2 + column) * TAPS
-        indices = block + tl.load(block + 5) + wide_patch * (TAPS * TAPS)
-        weights = floats + tl.load(block + 6) + wide_patch * (TAPS * TAPS)
+        indices = block + tl.load(head + 5) + wide_patch * (TAPS * TAPS)
+        weights = floats + tl.load(head + 6) + wide_patch * (TAPS * TAPS)
         for i in tl.static_range(TAPS):
             row_tap = tl.load(axis_taps + row_at + i, mask=there, other=0).to(tl.int64) * TABLE_SIDE
             row_weight = tl.load(axis_weights + row_at + i, mask=there, other=0.0)
@@ -150,15 +150,15 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
             row = token // per_row * MERGE_TALL + kth // MERGE_WIDE
             column = token % per_row * MERGE_WIDE + kth % MERGE_WIDE
             found = start + in_token // merged * area + row * width + column
-            tl.store(block + tl.load(block + 9) + wide_patch, found.to(tl.int64), mask=there)
+            tl.store(block + tl.load(head + 9) + wide_patch, found.to(tl.int64), mask=there)
         else:
             row = index // width
             column = index % width
             found = row // MERGE_TALL * (MERGE_TALL * width) + row % MERGE_TALL * MERGE_WIDE
             found += column // MERGE_WIDE * merged + column % MERGE_WIDE + start_of_frames
-            tl.store(block + tl.load(block + 7) + wide_patch, found.to(tl.int64), mask=there)
+            tl.store(block + tl.load(head + 7) + wide_patch, found.to(tl.int64), mask=there)
             mean = tl.div_rn(tl.full([BLOCK], 1.0, tl.float32), frames.to(tl.float32))
-            tl.store(floats + tl.load(block + 8) + wide_patch, mean, mask=there)
+            tl.store(floats + tl.load(head + 8) + wide_patch, mean, mask=there)
 
 
 def expand(
@@ -167,7 +167,7 @@ def expand(
     """Write all arrays of a batch.
 
     Args:
-        block: (n,) int64, which begins with what `write_head` wrote.
+        block: (n,) int64, which begins with the grids and what `write_head` wrote.
         axes: taps (m, taps) int32 and weights float32 of all ordinary axes; None where no array needs them.
         patches: T.
         images: of the batch.

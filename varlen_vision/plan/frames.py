@@ -6,7 +6,7 @@ frame is a slice of what a larger one has, or one addition of two short arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -106,7 +106,7 @@ def _windows(units: int, tall: int, side: int) -> tuple[Array, Array]:
 
 
 def write_frames(
-    into: Array, grids: Iterable[Grid], write: Callable[[Array, int, int], None], area: int = 1
+    into: Array, grids: Sequence[Grid], write: Callable[[Array, int, int], None], area: int = 1
 ) -> None:
     """What follows from the size of a frame alone.
 
@@ -116,6 +116,9 @@ def write_frames(
         write: `write(rows, height, width)` fills the rows of one frame.
         area: patches per row of `into`.
     """
+    if len(grids) == 1 and grids[0][0] == 1:
+        write(into, grids[0][1], grids[0][2])
+        return
     known: dict[tuple[int, int], Array] = {}
     start = 0
     for frames, height, width in grids:

@@ -84,6 +84,11 @@ class TowerInput:
         return True
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its keyword arguments are its arrays, by their names."""
+        return type(self).keywords is TowerInput.keywords
+
+    @property
     def always_fits(self) -> bool:
         """Whether it could for every batch."""
         return type(self).fits is TowerInput.fits

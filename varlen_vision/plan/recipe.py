@@ -31,6 +31,8 @@ class Recipe:
     _hash: int = field(init=False, repr=False)
     derives: bool = field(init=False, repr=False)
     """Whether keyword arguments hold tensors that are made from the arrays."""
+    plain: tuple[str, ...] | None = field(init=False, repr=False)
+    """Names of the keyword arguments, where for every batch they are the arrays themselves; else None."""
     _fits: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class Recipe:
         object.__setattr__(self, "_hash", hash(self._key()))
         object.__setattr__(self, "derives", any(item.derives for item in self.inputs))
         object.__setattr__(self, "_fits", all(item.always_fits for item in self.inputs))
+        plain = self._fits and all(item.is_plain for item in self.inputs)
+        object.__setattr__(self, "plain", tuple(names) if plain else None)
 
     def fitting(self, grids: Sequence[Grid]) -> tuple[TowerInput, ...]:
         """The inputs that the tower itself could work out for such a batch."""

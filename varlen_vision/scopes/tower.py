@@ -177,7 +177,7 @@ class TowerScope:
         planned = plan.keywords(max_seqlen=self.takes_max_seqlen)
         wanted = torch.device("cpu") if plan.recipe.grid_on_host else plan.device
         if grid_thw.device != wanted:
-            moved = plan.tensors["grid_thw"] if wanted == plan.device else torch.tensor(plan.grids)
+            moved = plan.grid_thw if wanted == plan.device else torch.tensor(plan.grids)
             args, kwargs = self._replaced(args, kwargs, grid_thw=moved)
         missing = {name: value for name, value in planned.items() if kwargs.get(name) is None}
         return args, {**kwargs, **missing}

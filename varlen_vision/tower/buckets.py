@@ -141,7 +141,7 @@ def fill_up(plan: VisionPlan, *, max_seqlen: bool = False) -> Filled:
         plan: of a batch with its filling, on the tower's device.
         max_seqlen: whether the tower is to be given the longest segments, rounded up.
     """
-    given: dict[str, Any] = {"grid_thw": plan.tensors["grid_thw"], **plan.keywords(max_seqlen=max_seqlen)}
+    given: dict[str, Any] = {"grid_thw": plan.grid_thw, **plan.keywords(max_seqlen=max_seqlen)}
     if _ORDER in given:
         given[_INVERSE] = plan.window_inverse
     lengths, most = {}, []
