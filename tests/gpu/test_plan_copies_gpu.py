@@ -23,10 +23,11 @@ def test_plans_wait_for_nothing_and_lose_nothing() -> None:
     set_plan_cache(0)
     try:
         for _ in range(2):  # in the first, memory is got from the driver, which may wait for the GPU
+            plans: list[VisionPlan] = []  # those of the first give theirs back
             torch.cuda._sleep(2_000_000_000)  # about a second
             busy = torch.cuda.Event()
             busy.record()
-            plans = [VisionPlan.from_grid([size], recipe, device="cuda") for size in sizes]
+            plans += [VisionPlan.from_grid([size], recipe, device="cuda") for size in sizes]
             waited = busy.query()
             torch.cuda.synchronize()
     finally:
