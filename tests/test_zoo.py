@@ -139,8 +139,14 @@ def test_attention_matters(tower: Tower, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @every_tower
 def test_builds_in_bfloat16_with_buffers_as_they_were(tower: Tower) -> None:
-    model, reference = build(tower, torch.bfloat16), model_of(tower)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    reference = model_of(tower)
+    torch.use_deterministic_algorithms(True)  # what nobody initialises is NaN
+    try:
+        model = build(tower, torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for (name, parameter), original in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, original.bfloat16()), name
     for (name, buffer), original in zip(model.named_buffers(), reference.buffers(), strict=True):
         assert torch.equal(buffer, original) and buffer.dtype == original.dtype, name
     with torch.no_grad():

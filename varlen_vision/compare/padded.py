@@ -33,7 +33,7 @@ from varlen_vision.compare.timing import ROUNDS, Job, Work, interleave, out_of_m
 from varlen_vision.compare.tower import Effort
 from varlen_vision.compare.workloads import MIXED_16, Size
 from varlen_vision.parity import Error, relative_error
-from varlen_vision.testing.weights import fill
+from varlen_vision.testing.weights import fill, uninitialised
 
 PACKED = "varlen[auto]"
 PATCH = 16
@@ -237,7 +237,8 @@ class Tower:
         from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
         config = Siglip2VisionConfig(**SIZES[size], patch_size=PATCH, num_patches=256)
-        model = Siglip2VisionModel._from_config(config, attn_implementation=PLAIN)
+        with uninitialised():
+            model = Siglip2VisionModel._from_config(config, attn_implementation=PLAIN)
         fill(model, seed)
         return cls(model.to(device, dtype).eval(), device, dtype)
 

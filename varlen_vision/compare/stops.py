@@ -26,8 +26,10 @@ from varlen_vision.testing.zoo.real import real_tower
 from varlen_vision.vision_plan import VisionPlan
 
 TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "kimi_k25")
-_ROW = 12
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
+
+# Of how many plans in a row the host time is taken, before it is that of transformers' turn.
+_ROW = 12
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varlen_vision.testing.weights import fill
+from varlen_vision.testing.weights import fill, uninitialised
 from varlen_vision.testing.zoo.batches import Image
 from varlen_vision.testing.zoo.table import PADDED, TOWERS, Tower
 
@@ -78,7 +78,9 @@ def build(
     config = getattr(importlib.import_module(tower.configuration), tower.config)(**settings)
     cls: Any = getattr(importlib.import_module(tower.modeling), tower.tower)
     # Not on the meta device: buffers are computed while the module is made.
-    model: nn.Module = cls._from_config(config, attn_implementation="sdpa" if cls._supports_sdpa else "eager")
+    implementation = "sdpa" if cls._supports_sdpa else "eager"
+    with uninitialised():
+        model: nn.Module = cls._from_config(config, attn_implementation=implementation)
     fill(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
