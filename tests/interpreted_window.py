@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -39,12 +40,15 @@ def run(
     rotary: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     max_seqlen: int | None = None,
+    differ: bool | None = None,
 ) -> Tensor:
     """The kernel, its output full of NaN beforehand."""
     segments = Segments.from_lengths(lengths)
     longest = max_seqlen or max(lengths)
     scale = scale or q.shape[2] ** -0.5
     call = Call(segments, segments, longest, longest, softmax_scale=scale, rotary=rotary)
+    if differ is not None:
+        call = replace(call, halves_differ=torch.tensor([differ], dtype=torch.int32))
 
     def poisoned(shape: Sequence[int], **facts: object) -> Tensor:
         return torch.full(shape, torch.nan, **facts)  # type: ignore[call-overload, no-any-return]
@@ -94,6 +98,23 @@ def check_every_launch(head_dim: int) -> None:
             judge(run(*qkv, lengths, rotary), qkv, lengths, rotary)
 
 
+def check_half_tables(head_dim: int) -> None:
+    """Told that both halves are alike it reads one, and the result is the same to the last bit."""
+    lengths = [5, 64, 0, 17]
+    qkv = fused(*packed(lengths, 2, head_dim))
+    unlike = tables(sum(lengths), head_dim)
+    alike = tuple(torch.cat((table[:, : head_dim // 2],) * 2, dim=-1) for table in unlike)
+    for longest in (64, 128):
+        right = run(*qkv, lengths, alike, max_seqlen=longest)
+        judge(right, qkv, lengths, alike)
+        assert torch.equal(run(*qkv, lengths, alike, max_seqlen=longest, differ=False), right)
+        assert torch.equal(run(*qkv, lengths, alike, max_seqlen=longest, differ=True), right)
+        assert torch.equal(run(*qkv, lengths, unlike, max_seqlen=longest, differ=False), right)
+        both = run(*qkv, lengths, unlike, max_seqlen=longest, differ=True)
+        assert torch.equal(both, run(*qkv, lengths, unlike, max_seqlen=longest))
+        assert not torch.equal(both, right)
+
+
 def check_mutations(head_dim: int) -> None:
     """The judge says no: each of these mistakes must be seen."""
     lengths = [3, 64, 1, 40]
@@ -126,6 +147,6 @@ def check_mutations(head_dim: int) -> None:
 
 if __name__ == "__main__":
     width = int(sys.argv[1])
-    for check in (check_parity, check_variants, check_every_launch, check_mutations):
+    for check in (check_parity, check_variants, check_every_launch, check_half_tables, check_mutations):
         check(width)
     print("checked")

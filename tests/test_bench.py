@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 from tests.test_compare_profiling import GPU, HOST, Fake
-from varlen_vision.compare.bench import baseline, training
+from varlen_vision.compare.bench import baseline, training, window
 from varlen_vision.compare.bench import run as running
 from varlen_vision.compare.bench.kernel_time import FULL, OTHER, WINDOWED, kind_of, summed
 from varlen_vision.compare.bench.paths import FUSED, PATHS, VARLEN
@@ -162,16 +162,21 @@ class TestParts:
 
     def test_windows_are_held_against_a_copy(self) -> None:
         result = PARTS["window"](CPU, Problems())
-        auto, copy = result.rows
+        auto, alone, copy = result.rows
+        assert (auto.path, alone.path, copy.path) == ("auto", window.ALONE, window.COPY)
         assert copy.timing is not None and auto.timing is not None
         assert result.floor == copy.timing.median
         assert auto.over_floor == auto.timing.median / copy.timing.median
+        assert alone.timing is not None  # a layer's times: as long as one call, not as LAYERS of them
+        assert auto.timing.median < window.LAYERS / 3 * alone.timing.median
+        assert auto.timing.calls % window.LAYERS == 0
 
     def test_wrong_windows_are_not_timed(self, wrong_scale: None) -> None:
         problems = Problems()
         result = PARTS["window"](CPU, problems)
-        assert [row.status for row in result.rows] == ["red", "green"]
-        assert result.rows[0].timing is None and len(problems.found) == 1
+        assert [row.status for row in result.rows] == ["red", "red", "green"]
+        assert [row.timing is None for row in result.rows] == [True, True, False]
+        assert len(problems.found) == 2
 
     def test_wrong_gradients_are_not_timed(self, wrong_scale: None) -> None:
         problems = Problems()

@@ -7,14 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from varlen_vision.kernels.rope import _fused
+from varlen_vision.kernels.rope import _fused, halves_differ
 
 # The interpreter is chosen when Triton is imported, so it needs a process of its own.
 SCRIPT = """
 import torch
-from varlen_vision.kernels.rope import rotate_plain
-from varlen_vision.kernels.rope_triton import rotate
+from varlen_vision.kernels.rope import halves_differ as plain_halves_differ, rotate_plain
+from varlen_vision.kernels.rope_triton import halves_differ, rotate
 from varlen_vision.parity import relative_error
 
 torch.manual_seed(0)
@@ -36,6 +37,18 @@ for tokens, heads, head_dim, dtype in (
         error = relative_error(fused, plain)
         assert error.overall <= torch.finfo(dtype).eps, (dtype, head_dim, error)
     assert not torch.equal(results[0][0], packed[:, 0]) and results[0][2].abs().sum() > 0
+    # Told that the second half of the tables repeats the first, it does not read it; told otherwise, it does.
+    half = angles.cos(), angles.sin()
+    alike = [torch.cat((table[:, : head_dim // 2],) * 2, dim=-1) for table in half]
+    for tables in (half, alike):
+        differ = halves_differ(*tables)
+        assert differ.dtype == torch.int32 and differ.tolist() == plain_halves_differ(*tables).tolist()
+        assert differ.item() == (tables is half)
+        q, k, _ = packed.unbind(1)
+        for ours, right in zip(rotate(q, k, *tables, differ), rotate(q, k, *tables)):
+            assert torch.equal(ours, right)
+        for ours, right in zip(rotate(q, k, *tables, differ * 0), rotate(q, k, *alike)):
+            assert torch.equal(ours, right)
 print("checked")
 """
 
@@ -48,3 +61,12 @@ def test_triton_kernel_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "checked"
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+@pytest.mark.parametrize("table, row, column", [(0, 0, 0), (0, 4, 7), (1, 2, 5), (1, 4, 3)])
+def test_one_unlike_pair_is_seen(table: int, row: int, column: int, value: float) -> None:
+    tables = [torch.cat((half, half), dim=-1) for half in torch.rand(2, 5, 4)]
+    assert halves_differ(*tables).tolist() == [0]
+    tables[table][row, column] = value
+    assert halves_differ(*tables).tolist() == [1]

@@ -18,9 +18,10 @@ from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import SegmentError
 from varlen_vision.families.rope import HALF, PAIRS, Rotation
 from varlen_vision.kernels import KERNELS, dispatch, flash_attn_varlen_func
-from varlen_vision.kernels.rope import rotate
+from varlen_vision.kernels.rope import halves_differ, rotate
 from varlen_vision.kernels.spec import Call, Kernel
 from varlen_vision.kernels.table import Choice
+from varlen_vision.segments import SegmentReader
 
 TOTAL, LONGEST = sum(RAGGED), max(RAGGED)
 Rotary = tuple[Tensor, Tensor] | None
@@ -124,6 +125,35 @@ def test_a_kernel_that_rotates_gets_the_tables(
     else:
         assert call.rotary is None
         assert torch.equal(given, rotate(q, k, cos, sin)[0])
+
+
+@pytest.mark.parametrize("declares", [True, False])
+def test_what_a_forward_noted_of_the_tables_is_handed_on(
+    declares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy, reader, rotary = Spy(monkeypatch, declares), SegmentReader(), tables(TOTAL, 80)
+    given: list[Any] = []
+    right = dispatch.rope.rotate
+    monkeypatch.setattr(dispatch.rope, "rotate", lambda *tensors: given.append(tensors[4]) or right(*tensors))
+    qkv = packed(RAGGED, 2, 80)
+    attend(*qkv, rotary, reader=reader)
+    reader.begin_forward()
+    attend(*qkv, rotary, reader=reader)
+    reader.note(rotary, halves_differ)
+    attend(*qkv, rotary, reader=reader)
+    attend(*qkv, tables(TOTAL, 80), reader=reader)
+    reader.end_forward()
+    attend(*qkv, rotary, reader=reader)
+    seen = [call.halves_differ for _, call in spy.calls] if declares else given
+    assert [None if flag is None else flag.item() for flag in seen] == [None, None, 1, None, None]
+
+
+def test_only_tables_on_a_gpu_are_looked_at() -> None:
+    reader, rotary = SegmentReader(), tables(TOTAL, 80)
+    reader.begin_forward()
+    for wrong in (rotary, None, rotary[0], rotary[:1], [*rotary], (rotary[0][0], rotary[1][0])):
+        attention.note_tables(reader, wrong)
+    assert reader.noted(rotary) is None
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tolerance import cumulative, packed
+from varlen_vision import segments as segments_module
 from varlen_vision.errors import KernelError, SegmentError, VarlenVisionError
 from varlen_vision.kernels import flash_attn_varlen_func
 from varlen_vision.segments import _ACTIVE, SegmentReader, Segments, check_fit
@@ -291,6 +292,62 @@ def test_threads_do_not_see_each_other() -> None:
     reads = reader.reads
     assert reader.segments(buffer).lengths == (3, 4)  # this forward is still going on
     assert reader.reads == reads
+
+
+def total(*tensors: Tensor) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+def test_notes_are_of_one_forward_and_these_tensors() -> None:
+    reader, tables, other = SegmentReader(), (torch.ones(3), torch.ones(2)), (torch.ones(3), torch.ones(2))
+    reader.note(tables, total)
+    assert reader.noted(tables) is None  # outside of a forward
+    for _ in range(2):
+        reader.begin_forward()
+        assert reader.noted(tables) is None
+        reader.note(tables, total)
+        found = reader.noted(tables)
+        assert found is not None and found.item() == 5
+        assert reader.noted(other) is None and reader.noted(tables[:1]) is None
+        reader.note(tables, total)
+        assert reader.noted(tables) is found  # worked out once
+        reader.end_forward()
+        assert reader.noted(tables) is None
+
+
+def test_a_note_of_tensors_written_into_is_not_used() -> None:
+    reader, tables = SegmentReader(), (torch.ones(3), torch.ones(2))
+    reader.begin_forward()
+    reader.note(tables, total)
+    tables[1].add_(1)
+    assert reader.noted(tables) is None
+    reader.note(tables, total)
+    assert reader.noted(tables) == 7
+
+
+def test_notes_are_few_and_of_one_thread() -> None:
+    reader, many = SegmentReader(), [(torch.full((1,), index),) for index in range(5)]
+    reader.begin_forward()
+    for tensors in many:
+        reader.note(tensors, total)
+    assert [reader.noted(tensors) for tensors in many] == [None, None, None, 3, 4]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(reader.noted, many[-1]).result() is None
+
+
+def test_a_recorded_graph_takes_no_note_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read what it does not work out when it is replayed."""
+    reader, tables, capturing = SegmentReader(), (torch.ones(3),), False
+    monkeypatch.setattr(segments_module, "_is_capturing", lambda: capturing)
+    reader.begin_forward()
+    reader.note(tables, total)
+    capturing = True
+    assert reader.noted(tables) is None
+    reader.note(tables, total)
+    assert reader.noted(tables) is None
+    reader.begin_forward()  # the whole forward is recorded
+    reader.note(tables, total)
+    assert reader.noted(tables) == 3
 
 
 class OnGpu(Tensor):

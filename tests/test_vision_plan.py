@@ -460,6 +460,16 @@ def test_the_inverse_asked_for_in_inference_mode_serves_training() -> None:
     assert tokens.grad is not None and bool((tokens.grad == 1).all())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be there (tests/gpu looks)")
+def test_a_number_means_a_gpu() -> None:
+    """0 too, although it is falsy."""
+    here = VisionPlan.from_grid([[1, 4, 4]], make("qwen2_5_vl"))
+    with pytest.raises(RuntimeError, match="accelerator"):
+        here.to(0)
+    with pytest.raises(RuntimeError, match="accelerator"):
+        VisionPlan.from_grid([[1, 4, 4]], make("qwen2_5_vl"), device=0)
+
+
 def test_another_default_device() -> None:
     """A plan is worked out on the host, whatever torch.set_default_device says."""
     model = make("qwen2_5_vl")

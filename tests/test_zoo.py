@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from varlen_vision.testing.weights import uninitialised
 from varlen_vision.testing.zoo import TOWERS, Tower, attention, build, inputs, missing, output, towers
 
 AVAILABLE = towers()
@@ -200,3 +203,16 @@ def test_no_packed_attention_of_transformers_is_missing() -> None:
             here.add((folder, tower.attention.replace("Attention", kind)))
     unknown = {(folder, name) for folder, name in found - here if folder not in LEFT_OUT}
     assert not unknown, "add a tower to the table, or the folder to LEFT_OUT with the reason"
+
+
+def test_threads_that_leave_initialisation_out_put_it_back() -> None:
+    right, both_in = torch.nn.init.normal_, Barrier(2)
+
+    def leave_out() -> None:
+        with suppress(BrokenBarrierError), uninitialised():
+            both_in.wait(timeout=0.2)  # the other one has to wait outside
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: leave_out(), range(2)))
+    assert both_in.broken and torch.nn.init.normal_ is right
+    assert torch.nn.init.normal_(torch.zeros(8)).std() > 0

@@ -13,6 +13,7 @@ from varlen_vision.errors import SegmentError
 from varlen_vision.families import Family, Structure
 from varlen_vision.families.rope import HALF, tables
 from varlen_vision.kernels import flash_attn_varlen_func
+from varlen_vision.kernels.rope import halves_differ
 from varlen_vision.segments import SegmentReader
 
 
@@ -98,6 +99,8 @@ class VarlenAttention(nn.Module):
             if not self._attends_rotated(*rotary):
                 q, k = structure.rotate(q, k, *rotary)
                 rotary = None
+            elif not torch.compiler.is_compiling():
+                note_tables(self.reader, rotary)
         output = structure.finish(self, self._attend(q, k, v, cu_seqlens, given.get("max_seqlen"), rotary))
         output = output.view(hidden_states.shape[:-1] + output.shape[-1:])
         return (output, None) if structure.returns_pair else output
@@ -213,6 +216,20 @@ def _tables(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         raise ValueError("position_embeddings is missing; expected cos and sin of (tokens, head_dim)")
     cos, sin = position
     return cos, sin
+
+
+def note_tables(reader: SegmentReader, rotary: Any) -> None:
+    """Let kernels know, from the first layer of a forward on, whether RoPE's tables repeat their first half.
+
+    Args:
+        reader: of the tower.
+        rotary: what its blocks get as `position_embeddings`; anything but tables on a GPU is passed over.
+    """
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        return
+    cos, sin = rotary
+    if cos.is_cuda and cos.ndim == 2 and cos.shape == sin.shape and cos.dtype.is_floating_point:
+        reader.note(rotary, halves_differ)
 
 
 # What accelerate keeps on a module that it has hooked (accelerate.hooks.add_hook_to_module).

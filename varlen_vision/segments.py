@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from varlen_vision.histogram import Histogram
 # Distinct cu_seqlens kept between forwards. A tower has one or two layouts; recomputation in backward
 # (gradient checkpointing) meets them again after the forward is over.
 _REMEMBERED = 8
+# Sets of tensors that something was worked out from, kept during a forward. A tower has one, but accelerate
+# gives each layer copies of its own where they are on several devices.
+_NOTED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,6 +264,27 @@ class SegmentReader:
             self._local.copied = known = (segments, self.remember(Segments(moved, segments.lengths)))
         return known[1]
 
+    def note(self, tensors: tuple[Tensor, ...], work: Callable[..., Tensor]) -> None:
+        """Keep `work(*tensors)` for what gets these very tensors in this forward; nothing outside of one.
+
+        For code that runs as it is written: memory that an operator of a compiled graph keeps may be that
+        graph's own, and a recorded CUDA graph must work out by itself what it reads.
+        """
+        notes: OrderedDict[Any, Any] | None = getattr(self._local, "notes", None)
+        if notes is None or _is_capturing() is not self._local.capturing:
+            return
+        if (key := _identity(tensors)) not in notes:
+            notes[key] = work(*tensors), tensors  # held, so that no other gets their identity
+            if len(notes) > _NOTED:
+                notes.popitem(last=False)
+
+    def noted(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
+        """What was kept for these tensors, if anything was, and they were not written into since."""
+        notes: dict[Any, tuple[Tensor, Any]] | None = getattr(self._local, "notes", None)
+        if not notes or _is_capturing() is not self._local.capturing:
+            return None
+        return notes.get(_identity(tensors), (None,))[0]
+
     def begin_forward(self, planned: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Start a tower forward.
 
@@ -274,6 +299,8 @@ class SegmentReader:
             _ACTIVE.readers.append(self)
         self._local.inside = True
         self._local.planned = dict(planned or {})
+        self._local.notes = OrderedDict()
+        self._local.capturing = _is_capturing()
         self._forget_unversioned()  # a forward that failed may have left something
 
     def end_forward(self) -> None:
@@ -282,6 +309,7 @@ class SegmentReader:
             _ACTIVE.readers.remove(self)
         self._local.inside = False
         self._local.planned = {}
+        self._local.notes = None
         self._forget_unversioned()
 
     def _forget_unversioned(self) -> None:
@@ -360,3 +388,12 @@ class SegmentMemory:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _identity(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int | None], ...]:
+    return tuple([(id(tensor), _version(tensor)) for tensor in tensors])
+
+
+def _is_capturing() -> bool:
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(begun) and torch.cuda.is_current_stream_capturing()

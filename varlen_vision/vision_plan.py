@@ -79,7 +79,7 @@ class VisionPlan:
 
     @classmethod
     def from_grid(
-        cls, grid_thw: Any, config_or_model: Any, *, device: torch.device | str | None = None
+        cls, grid_thw: Any, config_or_model: Any, *, device: torch.device | str | int | None = None
     ) -> VisionPlan:
         """Work out a plan, or look it up. The host waits for no GPU, unless `grid_thw` is on one.
 
@@ -99,7 +99,7 @@ class VisionPlan:
             PlanError: the grids are not what a processor makes, or nothing is known of such a tower.
         """
         recipe = config_or_model if isinstance(config_or_model, Recipe) else recipe_of(config_or_model)
-        return plan_rows(read_rows(grid_thw), recipe, _exact(device or "cpu"))
+        return plan_rows(read_rows(grid_thw), recipe, _exact("cpu" if device is None else device))
 
     @cached_property
     def grid_thw(self) -> Tensor:
@@ -144,7 +144,7 @@ class VisionPlan:
         with ordinary_tensors():
             return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
-    def to(self, device: torch.device | str) -> VisionPlan:
+    def to(self, device: torch.device | str | int) -> VisionPlan:
         """The plan with its tensors on `device`: one copy, for which the host does not wait."""
         device = _exact(device)
         if device == self.device:
@@ -310,9 +310,9 @@ def _make(rows: Rows, recipe: Recipe, device: torch.device, *, alone: bool = Fal
     return plan, size
 
 
-def _exact(device: torch.device | str) -> torch.device:
-    """With the index of the current GPU, where only 'cuda' was said."""
-    if isinstance(device, str):
+def _exact(device: torch.device | str | int) -> torch.device:
+    """With the index of the current GPU, where only 'cuda' was said; a number is that of a GPU."""
+    if not isinstance(device, torch.device):
         device = torch.device(device)
     index: int | None = device.index
     if index is None and device.type == "cuda":

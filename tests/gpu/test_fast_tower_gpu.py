@@ -17,13 +17,15 @@ from tests.gpu.test_towers_gpu import wide_tower
 from tests.rotated import tables
 from tests.tolerance import cumulative
 from tests.towers import batch, exact, merged
-from varlen_vision import compiled_training, optimize_vision, restore_vision, swap_attention
+from varlen_vision import attention, compiled_training, optimize_vision, restore_vision, swap_attention
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.compare.profiling import record_forward, warm_up
-from varlen_vision.kernels import flash_attn_varlen_func
+from varlen_vision.kernels import flash_attn_varlen_func, window_triton
+from varlen_vision.kernels.spec import Call
 from varlen_vision.parity import budget, relative_error
 from varlen_vision.testing import zoo
 from varlen_vision.testing.zoo.real import real_tower
+from varlen_vision.tower import compiled_blocks
 from varlen_vision.tower.gated import silu_linear, silu_mul
 from varlen_vision.tower.graphs import GraphedTower
 
@@ -57,6 +59,69 @@ def test_every_mode_is_in_parity(family: str) -> None:
             assert graphed.counts["recorded"] >= 1
             assert graphed.counts["replayed"] >= 2 * len(BATCHES)
         restore_vision(model)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """'worked out' for each look at RoPE's tables, and for each window layer whether it was told."""
+    seen: list[str] = []
+    look, run_window = attention.halves_differ, window_triton.run
+
+    def looking(cos: Tensor, sin: Tensor) -> Tensor:
+        seen.append("worked out")
+        return look(cos, sin)
+
+    def running(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        seen.append("not told" if call.halves_differ is None else "told")
+        return run_window(q, k, v, call)
+
+    monkeypatch.setattr(attention, "halves_differ", looking)
+    monkeypatch.setattr(window_triton, "run", running)
+    return seen
+
+
+@pytest.mark.parametrize("mode", [None, "compile", "graphs"])
+def test_each_forward_looks_at_its_tables_once(
+    mode: str | None, noted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, windows = wide_tower("qwen2_5_vl"), 2
+    swap_attention(model)
+    if mode is not None:
+        optimize_vision(model, mode)
+    noted.clear()  # what was verified before was no forward
+    outputs = []
+    for _ in range(4):  # observed, first of its bucket, recorded, replayed
+        outputs += [run(model, BATCHES[1])]
+    assert len(noted) % (1 + windows) == 0 and len(noted) >= 3 * (1 + windows)
+    for start in range(0, len(noted), 1 + windows):
+        assert noted[start : start + 1 + windows] == ["worked out", "told", "told"]
+    if mode != "graphs":  # a replay is of a batch filled up: products of other sizes round otherwise
+        noted.clear()
+        for module in (attention, compiled_blocks):
+            monkeypatch.setattr(module, "note_tables", lambda *_: None)
+        assert torch.equal(run(model, BATCHES[1]), outputs[-1]) and noted == ["not told"] * windows
+
+
+@pytest.mark.parametrize("mode", [None, "compile", "graphs"])
+def test_tables_of_unlike_halves(mode: str | None, noted: list[str]) -> None:
+    """No release has such; and each layer gets tables of its own, as on several devices."""
+    model = wide_tower("qwen2_5_vl")
+
+    def unlike(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cos, sin = kwargs["position_embeddings"]
+        ramp = torch.linspace(0, 1, cos.shape[1], device=cos.device, dtype=cos.dtype)
+        return args, {**kwargs, "position_embeddings": (cos + ramp, sin - ramp)}
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(unlike, with_kwargs=True)
+    truth = exact(model, *batch(model, BATCHES[1]))
+    allowed = budget(relative_error(run(model, BATCHES[1]), truth), torch.bfloat16)
+    swap_attention(model)
+    if mode is not None:
+        optimize_vision(model, mode)
+    for _ in range(4):
+        assert relative_error(run(model, BATCHES[1]), truth).within(allowed)
+    assert {"worked out", "told"} <= {*noted}
 
 
 def graphs_of(model: nn.Module) -> GraphedTower:

@@ -34,6 +34,16 @@ def test_a_thousand_images_and_a_long_video() -> None:
         check(*(VisionPlan.from_grid(grids, recipe, device=device) for device in ("cuda", "cpu")))
 
 
+def test_a_number_means_a_gpu() -> None:
+    grids, recipe = ((1, 4, 6),), RECIPES["Qwen2.5-VL"]
+    here = VisionPlan.from_grid(grids, recipe)
+    assert here.device.type == "cpu"
+    for there in (here.to(0), VisionPlan.from_grid(grids, recipe, device=0)):
+        assert there.device == torch.device("cuda", 0) and there.tensors.keys() == here.tensors.keys()
+        for name, tensor in there.tensors.items():
+            assert tensor.device == there.device and torch.equal(tensor.cpu(), here.tensors[name])
+
+
 def test_axes_that_no_table_has() -> None:
     """Sides of more than 256 patches: the host writes them, and all of it is copied."""
     recipe, grids = RECIPES["Qwen3-VL"], [(1, 4, 300), (2, 8, 8)]

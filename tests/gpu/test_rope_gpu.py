@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varlen_vision.kernels.rope import rotate, rotate_plain
+from varlen_vision.kernels.rope import halves_differ, rotate, rotate_plain
 from varlen_vision.kernels.rope_triton import rotate as rotate_fused
 from varlen_vision.parity import budget, relative_error
 
@@ -59,3 +59,19 @@ def test_rotate_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 1
     rotate(q.double(), q.double(), table, table)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_half_of_the_tables_is_read_where_both_are_alike(head_dim: int, dtype: torch.dtype) -> None:
+    """The same to the last bit, and of unlike halves both are read."""
+    q, k, _ = torch.randn(6145, 3, 16, head_dim, device="cuda").to(dtype).unbind(1)
+    unlike = tuple(torch.rand(2, 6145, head_dim, device="cuda"))
+    alike = tuple(torch.cat((table[:, : head_dim // 2],) * 2, dim=-1) for table in unlike)
+    one = tuple(table.clone() for table in alike)
+    one[0][-1, -1] += 0.5
+    for tables in (alike, unlike, one):
+        differ = halves_differ(*tables)
+        assert differ.tolist() == [int(tables is not alike)]
+        for ours, right in zip(rotate(q, k, *tables, differ), rotate(q, k, *tables), strict=True):
+            assert torch.equal(ours, right)

@@ -13,6 +13,7 @@ from tests.rotated import judge, tables
 from tests.tolerance import HEAD_DIMS, LENGTHS, RAGGED, cumulative, fused, packed
 from varlen_vision.errors import KernelError
 from varlen_vision.kernels import available_kernels, flash_attn_varlen_func, window_triton
+from varlen_vision.kernels.rope import halves_differ
 from varlen_vision.kernels.spec import Call
 from varlen_vision.segments import SegmentReader
 
@@ -214,3 +215,23 @@ def test_by_name_it_refuses_what_it_cannot() -> None:
         attend(on_gpu([64], requires_grad=True), [64])
     with pytest.raises(KernelError, match="head_dim is 88"):
         attend(on_gpu([64], 88), [64])
+
+
+@pytest.mark.parametrize("longest", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_half_of_the_tables_is_read_where_both_are_alike(head_dim: int, longest: int) -> None:
+    """The same to the last bit, and of unlike halves both are read."""
+    lengths = [longest, 3, 0, 48, longest, 17] * 20
+    qkv, unlike = fused(*on_gpu(lengths, head_dim)), tables(sum(lengths), head_dim, device=DEVICE)
+    alike = tuple(torch.cat((table[:, : head_dim // 2],) * 2, dim=-1) for table in unlike)
+    one = tuple(table.clone() for table in alike)  # of all pairs one is unlike
+    one[1][-1, -1] += 0.5
+    for cos, sin in (alike, unlike, one):
+        right, reader = attend(qkv, lengths, (cos, sin)), SegmentReader()
+        judge(right, qkv, lengths, (cos, sin))
+        reader.begin_forward()
+        reader.note((cos, sin), halves_differ)
+        flag = reader.noted((cos, sin))
+        assert flag is not None and flag.tolist() == [int(cos is not alike[0])]
+        assert torch.equal(attend(qkv, lengths, (cos, sin), reader=reader), right)
+        reader.end_forward()

@@ -108,8 +108,9 @@ def flash_attn_varlen_func(
         rotary=rotary is not None,
     )
     chosen = choose(request, kernel).kernel
+    differ = None if rotary is None else reader.noted(rotary)
     if rotary is not None and not chosen.rotates(request):
-        q, k = rope.rotate(q, k, *rotary)
+        q, k = rope.rotate(q, k, *rotary, differ)
         rotary = None
     call = Call(
         segments_q=segments_q,
@@ -120,6 +121,7 @@ def flash_attn_varlen_func(
         causal=causal,
         dropout_p=dropout_p,
         rotary=rotary,
+        halves_differ=differ,
     )
     return chosen.run(q, k, v, call, **options)
 

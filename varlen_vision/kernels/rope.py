@@ -16,19 +16,22 @@ import torch
 from torch import Tensor
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, differ: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their position, pairs being (i, i + R/2).
 
     Args:
         q: (T, H, D); k: (T, H_k, D).
         cos: (T, R) cosines of the angles, R <= D even, any float dtype; sin likewise.
+        differ: what `halves_differ` gave for them, where that is known.
 
     Returns:
         q and k, rotated in float32 (float64 for float64 inputs) and rounded back to their dtype. On a GPU in
         one Triton kernel, where Triton is installed; a compiled graph fuses the plain form by itself.
     """
     if _takes_kernel(q, cos, sin) and (fused := _fused()) is not None:
-        rotated: tuple[Tensor, Tensor] = fused.rotate(q, k, cos, sin)
+        rotated: tuple[Tensor, Tensor] = fused.rotate(q, k, cos, sin, differ)
         return rotated
     return rotate_plain(q, k, cos, sin)
 
@@ -67,6 +70,24 @@ def _rotate_one_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = (wide * sin).chunk(2, dim=-1)
     turned = (wide * cos + torch.cat((second, -first), dim=-1)).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def halves_differ(cos: Tensor, sin: Tensor) -> Tensor:
+    """Whether any pair of columns, i and i + D/2, holds two values; the host does not wait to know.
+
+    transformers repeats one half of its tables, so a kernel that knows reads only that.
+
+    Args:
+        cos, sin: (T, D), any float dtype.
+
+    Returns:
+        (1,) int32 beside the tables: 0 where all pairs are alike.
+    """
+    if cos.is_cuda and (fused := _fused()) is not None:
+        found: Tensor = fused.halves_differ(cos, sin)
+        return found
+    halves = (table.chunk(2, dim=-1) for table in (cos, sin))
+    return torch.stack([(first != second).any() for first, second in halves]).any().to(torch.int32).view(1)
 
 
 def rotate_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

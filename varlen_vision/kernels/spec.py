@@ -77,6 +77,8 @@ class Call:
     dropout_p: float = 0.0
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin, (T, D) each, by which the kernel is to rotate q and k; only where it declares `rotary`."""
+    halves_differ: Tensor | None = None
+    """(1,) int32 on q's device, 0 where both columns of every pair hold the same; None: not known."""
 
 
 @dataclass(frozen=True)

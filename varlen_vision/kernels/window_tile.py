@@ -21,6 +21,7 @@ def window_tile(  # type: ignore[no-untyped-def]
     out,
     cos,
     sin,
+    halves_differ,
     cu_seqlens,
     scale,
     groups,
@@ -34,6 +35,7 @@ def window_tile(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     QUERIES_PER_KEY: tl.constexpr,
     ROTARY: tl.constexpr,
+    HALVES_KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
@@ -45,6 +47,8 @@ def window_tile(  # type: ignore[no-untyped-def]
     Args:
         q, k, v: (T, H, D), (T, H_k, D) and (T, H_k, D); out: (T, H, D), contiguous.
         cos, sin: (T, D), contiguous; not read without ROTARY.
+        halves_differ: (1,) int32, 0 where the second half of each row of the tables repeats the first, which
+            is then not read again; not read itself without HALVES_KNOWN.
         cu_seqlens: (S + 1,) int32; program i takes segment i // groups.
         scale: factor on the scores, times log2(e).
         q_token, q_head, ...: strides in units of 8 elements, which tells Triton that rows are aligned.
@@ -60,6 +64,9 @@ def window_tile(  # type: ignore[no-untyped-def]
     length = (tl.load(cu_seqlens + segment + 1) - start).to(tl.int32)
     if length <= 0:
         return
+    two = True
+    if HALVES_KNOWN:
+        two = tl.load(halves_differ) != 0
     rows = tl.arange(0, BLOCK)
     inside = (rows < length)[:, None]
     row = rows[:, None]
@@ -86,13 +93,13 @@ def window_tile(  # type: ignore[no-untyped-def]
         for step in tl.static_range(HALF // PAIRS):
             pair = step * PAIRS + tl.arange(0, PAIRS)[None, :]
             scores = _add_product(
-                scores, q_tile, k_tile, cos, sin, row, pair, inside, q_token, k_token, HALF, ROTARY
+                scores, q_tile, k_tile, cos, sin, two, row, pair, inside, q_token, k_token, HALF, ROTARY
             )
         if REST:
             pair = HALF // PAIRS * PAIRS + tl.arange(0, REST)[None, :]
             mask = inside & (pair < HALF)
             scores = _add_product(
-                scores, q_tile, k_tile, cos, sin, row, pair, mask, q_token, k_token, HALF, ROTARY
+                scores, q_tile, k_tile, cos, sin, two, row, pair, mask, q_token, k_token, HALF, ROTARY
             )
 
         scores = tl.where((rows < length)[None, :], scores * scale, float("-inf"))
@@ -108,15 +115,19 @@ def window_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_product(  # type: ignore[no-untyped-def]
-    scores, q, k, cos, sin, row, pair, mask, q_token, k_token, HALF: tl.constexpr, ROTARY: tl.constexpr
+    scores, q, k, cos, sin, two, row, pair, mask, q_token, k_token, HALF: tl.constexpr, ROTARY: tl.constexpr
 ):
-    """scores + q @ k^T over these pairs of columns."""
+    """scores + q @ k^T over these pairs of columns; `two`: whether the tables hold two values per pair."""
     q1, q2 = _halves(q, row * (q_token * 8) + pair, mask, HALF)
     k1, k2 = _halves(k, row * (k_token * 8) + pair, mask, HALF)
     dtype: tl.constexpr = q1.dtype
     if ROTARY:
-        cos1, cos2 = _halves(cos, row * (2 * HALF) + pair, mask, HALF)
-        sin1, sin2 = _halves(sin, row * (2 * HALF) + pair, mask, HALF)
+        cos1 = tl.load(cos + (row * (2 * HALF) + pair), mask=mask, other=0.0)
+        sin1 = tl.load(sin + (row * (2 * HALF) + pair), mask=mask, other=0.0)
+        cos2, sin2 = cos1, sin1
+        if two:
+            cos2 = tl.load(cos + (row * (2 * HALF) + pair + HALF), mask=mask, other=0.0)
+            sin2 = tl.load(sin + (row * (2 * HALF) + pair + HALF), mask=mask, other=0.0)
         q1, q2 = _rotated(q1, q2, cos1, cos2, sin1, sin2)
         k1, k2 = _rotated(k1, k2, cos1, cos2, sin1, sin2)
         # Rows outside are zero anyway. But an operand made of loads alone is exchanged between threads before

@@ -11,8 +11,10 @@ import functools
 import hashlib
 import math
 import re
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -47,18 +49,23 @@ _EMBEDDINGS: tuple[tuple[re.Pattern[str], float], ...] = (
 )
 
 
-def uninitialised() -> AbstractContextManager[None]:
+# Two threads that put functions of torch.nn.init aside at once would put each other's back.
+_UNINITIALISED = threading.RLock()
+
+
+@contextmanager
+def uninitialised() -> Iterator[None]:
     """Models that are made here on the CPU keep whatever memory held in their parameters, for `fill`.
 
-    Their own initialisation takes ten times as long. Not for several threads: it replaces functions of
-    torch.nn.init meanwhile.
+    Their own initialisation takes ten times as long. One thread at a time: functions of torch.nn.init do
+    nothing meanwhile, also for what other threads make.
     """
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # before 5.0
         from transformers.modeling_utils import no_init_weights
-    context: AbstractContextManager[None] = no_init_weights()
-    return context
+    with _UNINITIALISED, no_init_weights():
+        yield
 
 
 def fill(model: nn.Module, seed: int) -> None:

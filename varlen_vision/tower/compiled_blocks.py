@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from varlen_vision.attention import replaced_forward
+from varlen_vision.attention import note_tables, replaced_forward
+from varlen_vision.segments import current_reader
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block
 from varlen_vision.tower.inductor import inductor
@@ -73,6 +74,8 @@ class CompiledForward:
         for child in self.block._modules.values():
             if isinstance(child, AlignedMLP):
                 child.check()
+        if not torch.compiler.is_compiling() and (reader := current_reader()) is not None:
+            note_tables(reader, kwargs.get("position_embeddings"))
         try:
             return self.call(self.block, *args, **kwargs)
         except FailOnRecompileLimitHit:

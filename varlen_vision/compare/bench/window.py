@@ -1,9 +1,15 @@
-"""Window attention with its rotation, alone, against a copy of as many bytes."""
+"""Window attention with its rotation, alone, against a copy of as many bytes.
+
+On a GPU as the fast tower runs it: the window layers of one forward in a CUDA graph, which begins with the
+look at RoPE's tables that they share (see SegmentReader.note). Called one by one, as a row beside it is, they
+take the host longer than the GPU on a slow machine.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,22 +19,25 @@ from varlen_vision.compare.bench.candidates import Candidate, row_of, simple, ti
 from varlen_vision.compare.bench.problems import Problems
 from varlen_vision.compare.bench.setup import SHRINK, Setup
 from varlen_vision.compare.gate import judge
-from varlen_vision.compare.results import Row, WorkloadResult
+from varlen_vision.compare.results import Row, Timing, WorkloadResult
 from varlen_vision.compare.speed import with_speed
 from varlen_vision.compare.timing import stopwatch
 from varlen_vision.families.rope import tables
 from varlen_vision.kernels import KERNELS as TABLE
 from varlen_vision.kernels import choose, flash_attn_varlen_func
-from varlen_vision.kernels.rope import rotate_plain
+from varlen_vision.kernels.rope import halves_differ, rotate_plain
 from varlen_vision.kernels.spec import Request
 from varlen_vision.parity import relative_error
-from varlen_vision.segments import Segments
+from varlen_vision.segments import SegmentReader, Segments
 
 WINDOW = "768 windows of 64 with RoPE"
 WINDOWS, LENGTH = 768, 64
 KERNELS = ("auto", "torch_varlen")
 """What is timed: the choice, and PyTorch's own kernel beside it."""
+ALONE = "auto, called alone"
 COPY = "copy"
+LAYERS = 28
+"""Of Qwen2.5-VL's tower that have windows; times are a layer's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +51,30 @@ class _Inputs:
     sin: Tensor
     segments: Segments
 
-    def attend(self, kernel: str) -> Tensor:
-        """What is measured."""
-        cu, rotary = self.segments.cu_seqlens, (self.cos, self.sin)
+    def attend(self, kernel: str, reader: SegmentReader | None = None) -> Tensor:
+        """What is measured: one layer."""
+        cu = self.segments.cu_seqlens
         return flash_attn_varlen_func(
-            self.q, self.k, self.v, cu, cu, LENGTH, LENGTH, rotary=rotary, kernel=kernel
+            self.q, self.k, self.v, cu, cu, LENGTH, LENGTH, rotary=self.tables, kernel=kernel, reader=reader
         )
+
+    def forward(self, kernel: str) -> Tensor:
+        """All LAYERS of a forward, and what they share."""
+        reader = SegmentReader()
+        reader.begin_forward()
+        try:
+            reader.remember(self.segments)
+            reader.note(self.tables, halves_differ)
+            for _ in range(LAYERS):
+                output = self.attend(kernel, reader)
+        finally:
+            reader.end_forward()
+        return output
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin."""
+        return self.cos, self.sin
 
     def plain(self) -> Tensor:
         """The same in PyTorch's own operations."""
@@ -68,28 +95,56 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
     yardstick = relative_error(inputs.plain(), reference)
     request = Request.of(inputs.segments, setup.device, setup.dtype, HEAD_DIM, heads=HEADS, rotary=True)
     candidates: list[Candidate] = []
-    for name in KERNELS:
+    for path in (*KERNELS, ALONE):
+        name = "auto" if path == ALONE else path
         if name != "auto" and (reasons := TABLE[name].refusals(request)):
             problems.unavailable[f"{name} for windows"] = "; ".join(reasons)
             continue
-        with problems.of(f"{WINDOW}, {name}"):
-            work = partial(inputs.attend, name)
+        with problems.of(f"{WINDOW}, {path}"):
+            one, all_ = partial(inputs.attend, name), partial(inputs.forward, name)
+            work = one if path == ALONE else _replay(setup.device, all_)
             gate = judge(work(), reference, yardstick, setup.dtype)
-            row = row_of(name, gate, choose(request, name).kernel.name)
+            row = row_of(path, gate, choose(request, name).kernel.name)
             if not gate.green:
-                problems.add(f"{WINDOW}, {name}", f"out of parity: error {gate.error}")
+                problems.add(f"{WINDOW}, {path}", f"out of parity: error {gate.error}")
             candidates.append(simple(row, work, stopwatch(setup.device, work)))
     # Half of the bytes are read, half written: q, k, v and the output are four alike.
     half = torch.empty_like(torch.stack((inputs.q, inputs.k)))
-    copy = partial(torch.empty_like(half).copy_, half)
+    into = torch.empty_like(half)
+    copy = _replay(setup.device, lambda: [into.copy_(half) for _ in range(LAYERS)][-1])
     copy()
     candidates.append(simple(Row(COPY, "green"), copy, stopwatch(setup.device, copy)))
-    rows = timed(candidates, (), None, setup)
+    rows = tuple(row if row.path == ALONE else _per_layer(row) for row in timed(candidates, (), None, setup))
     floor = next((row.timing.median for row in rows if row.path == COPY and row.timing), None)
     patches = windows * LENGTH
     description = f"{HEADS} heads of {HEAD_DIM}, against a copy of as many bytes"
     rows = with_speed(rows, KERNELS[1:], floor)
     return WorkloadResult(WINDOW, description, patches, {"windows": windows}, 0, floor, rows=rows)
+
+
+def _replay(device: torch.device, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`work` as a CUDA graph, which gives its output; `work` itself where there are none."""
+    if device.type != "cuda":
+        return work
+    work()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _per_layer(row: Row) -> Row:
+    if row.timing is None:
+        return row
+    found = row.timing
+    median, low, high = (value / LAYERS for value in (found.median, found.low, found.high))
+    samples = tuple(sample / LAYERS for sample in found.samples)
+    return replace(row, timing=Timing(median, low, high, samples, found.calls * LAYERS))
 
 
 def _inputs(windows: int, setup: Setup) -> _Inputs:
