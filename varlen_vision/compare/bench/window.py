@@ -1,8 +1,8 @@
 """Window attention with its rotation, alone, against a copy of as many bytes.
 
-On a GPU as the fast tower runs it: the window layers of one forward in a CUDA graph, which begins with the
-look at RoPE's tables that they share (see SegmentReader.note). Called one by one, as a row beside it is, they
-take the host longer than the GPU on a slow machine.
+On a GPU as the fast tower runs it: q, k and v lie packed in one tensor, and the window layers of one forward
+are a CUDA graph, which begins with the look at RoPE's tables that they share (see SegmentReader.note). A row
+beside it is a call on its own, with q, k and v in tensors of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WINDOW = "768 windows of 64 with RoPE"
 WINDOWS, LENGTH = 768, 64
 KERNELS = ("auto", "torch_varlen")
 """What is timed: the choice, and PyTorch's own kernel beside it."""
-ALONE = "auto, called alone"
+ALONE = "auto, q, k, v apart, called alone"
 COPY = "copy"
 LAYERS = 28
 """Of Qwen2.5-VL's tower that have windows; times are a layer's."""
@@ -71,6 +71,11 @@ class _Inputs:
             reader.end_forward()
         return output
 
+    def apart(self) -> _Inputs:
+        """The same values, q, k and v contiguous."""
+        q, k, v = (tensor.contiguous() for tensor in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin."""
@@ -101,8 +106,10 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
             problems.unavailable[f"{name} for windows"] = "; ".join(reasons)
             continue
         with problems.of(f"{WINDOW}, {path}"):
-            one, all_ = partial(inputs.attend, name), partial(inputs.forward, name)
-            work = one if path == ALONE else _replay(setup.device, all_)
+            if path == ALONE:
+                work: Callable[[], Tensor] = partial(inputs.apart().attend, name)
+            else:
+                work = _replay(setup.device, partial(inputs.forward, name))
             gate = judge(work(), reference, yardstick, setup.dtype)
             row = row_of(path, gate, choose(request, name).kernel.name)
             if not gate.green:
@@ -150,8 +157,10 @@ def _per_layer(row: Row) -> Row:
 def _inputs(windows: int, setup: Setup) -> _Inputs:
     segments = Segments.from_lengths((LENGTH,) * windows, setup.device)
     generator = torch.Generator().manual_seed(0)
-    shape = (3, windows * LENGTH, HEADS, HEAD_DIM)
-    q, k, v = torch.randn(shape, generator=generator).to(setup.device, setup.dtype).unbind()
-    angles = torch.rand(shape[1], HEAD_DIM // 2, generator=generator).to(setup.device) * 2 * torch.pi
+    shape = (windows * LENGTH, 3, HEADS, HEAD_DIM)
+    qkv = torch.randn(shape, generator=generator).to(setup.device, setup.dtype)
+    angles = torch.rand(shape[0], HEAD_DIM // 2, generator=generator).to(setup.device) * 2 * torch.pi
     # Scaled scores have a standard deviation of 2: were it near 0, softmax would hide mistakes.
-    return _Inputs(q * 2**0.5, k * 2**0.5, v, *tables(angles), segments)
+    qkv[:, :2] *= 2**0.5
+    q, k, v = qkv.unbind(1)
+    return _Inputs(q, k, v, *tables(angles), segments)
