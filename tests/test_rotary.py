@@ -148,12 +148,27 @@ def test_what_a_forward_noted_of_the_tables_is_handed_on(
     assert [None if flag is None else flag.item() for flag in seen] == [None, None, 1, None, None]
 
 
-def test_only_tables_on_a_gpu_are_looked_at() -> None:
-    reader, rotary = SegmentReader(), tables(TOTAL, 80)
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def test_only_tables_on_a_gpu_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[tuple[Tensor, Tensor]] = []
+    flag = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(attention, "halves_differ", lambda *pair: looked.append(pair) or flag)
+    reader, here = SegmentReader(), tables(TOTAL, 80)
+    cos, sin = (table.as_subclass(OnGpu) for table in here)
     reader.begin_forward()
-    for wrong in (rotary, None, rotary[0], rotary[:1], [*rotary], (rotary[0][0], rotary[1][0])):
+    unfit = ((cos[0], sin[0]), (cos, sin[:, :40]), (cos.int(), sin))
+    for wrong in (here, None, cos, (cos,), [cos, sin], *unfit):
         attention.note_tables(reader, wrong)
-    assert reader.noted(rotary) is None
+        assert not looked
+    attention.note_tables(reader, (cos, sin))
+    assert len(looked) == 1 and reader.noted((cos, sin)) is flag
 
 
 @pytest.fixture

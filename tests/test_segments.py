@@ -325,6 +325,19 @@ def test_a_note_of_tensors_written_into_is_not_used() -> None:
     assert reader.noted(tables) == 7
 
 
+def test_what_a_note_is_of_lives_as_long_as_the_note() -> None:
+    """Others could get its identity, and its version."""
+    reader = SegmentReader()
+    reader.begin_forward()
+    tables = (torch.ones(3), torch.ones(2))
+    alive = [weakref.ref(tensor) for tensor in tables]
+    reader.note(tables, total)
+    del tables
+    assert all(tensor() is not None for tensor in alive)
+    reader.end_forward()
+    assert all(tensor() is None for tensor in alive)
+
+
 def test_notes_are_few_and_of_one_thread() -> None:
     reader, many = SegmentReader(), [(torch.full((1,), index),) for index in range(5)]
     reader.begin_forward()

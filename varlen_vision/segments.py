@@ -279,7 +279,10 @@ class SegmentReader:
                 notes.popitem(last=False)
 
     def noted(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
-        """What was kept for these tensors, if anything was, and they were not written into since."""
+        """What was kept for these tensors; None where nothing was, or they were written into since.
+
+        Nothing tells of writes through `.data` or into inference tensors, which a forward leaves alone.
+        """
         notes: dict[Any, tuple[Tensor, Any]] | None = getattr(self._local, "notes", None)
         if not notes or _is_capturing() is not self._local.capturing:
             return None
