@@ -223,7 +223,8 @@ def note_tables(reader: SegmentReader, rotary: Any) -> None:
 
     Args:
         reader: of the tower.
-        rotary: what its blocks get as `position_embeddings`; anything but tables on a GPU is passed over.
+        rotary: what its blocks get as `position_embeddings`. What is no pair is passed over, and so are two
+            tensors that are no tables on a GPU.
     """
     if not isinstance(rotary, tuple) or len(rotary) != 2:
         return

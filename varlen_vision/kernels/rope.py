@@ -24,7 +24,7 @@ def rotate(
     Args:
         q: (T, H, D); k: (T, H_k, D).
         cos: (T, R) cosines of the angles, R <= D even, any float dtype; sin likewise.
-        differ: what `halves_differ` gave for them, where that is known.
+        differ: what `halves_differ` gave for them, where that is known; of use only without gradients.
 
     Returns:
         q and k, rotated in float32 (float64 for float64 inputs) and rounded back to their dtype. On a GPU in

@@ -162,7 +162,7 @@ def rotate(
     Args:
         q: (T, H, D) float16, bfloat16 or float32, strided views allowed; k: (T, H_k, D).
         cos: (T, D) any float dtype; sin likewise.
-        differ: what `halves_differ` gave for them, where that is known.
+        differ: what `halves_differ` gave for them, where that is known; of use only without gradients.
 
     Returns:
         q and k, rotated in float32, contiguous, in their own dtype.
