@@ -1,15 +1,36 @@
-"""Makes this machine look like one with a GPU, as far as the choice of a kernel goes."""
+"""Makes this machine look like one with a GPU, as far as choices go, and tensors like such that are on it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from varlen_vision.kernels import spec
 
 TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
 LIBRARIES = {"flash_attn_4", "flash_attn_3", "flash_attn_2"}
 GPU = "Pretended GPU"
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU. `tensor.as_subclass(OnGpu)` makes one."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+class OnSecondGpu(OnGpu):
+    """The same, on another one."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 1)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: set[str]) -> None:

@@ -29,6 +29,7 @@ from varlen_vision.compare.bench.towers import TowerBench, anatomy
 from varlen_vision.compare.bench.workloads import TOWERS, WORKLOADS, tower_for
 from varlen_vision.compare.errors import CompareError
 from varlen_vision.compare.flops import tower_flops
+from varlen_vision.compare.results import Timing
 from varlen_vision.kernels import sdpa_segments
 from varlen_vision.plan import plan_lengths
 from varlen_vision.swap import swap_attention
@@ -167,9 +168,19 @@ class TestParts:
         assert copy.timing is not None and auto.timing is not None
         assert result.floor == copy.timing.median
         assert auto.over_floor == auto.timing.median / copy.timing.median
-        assert alone.timing is not None  # a layer's times: as long as one call, not as LAYERS of them
-        assert auto.timing.median < window.LAYERS / 3 * alone.timing.median
-        assert auto.timing.calls % window.LAYERS == 0
+        for row in result.rows:
+            assert row.timing is not None and row.timing.calls % window.LAYERS == 0
+
+    def test_times_of_windows_are_a_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        of_all = Timing(28.0, 14.0, 56.0, (14.0, 28.0, 56.0), 1)
+        monkeypatch.setattr(
+            window,
+            "timed",
+            lambda candidates, *_: tuple(replace(one.row, timing=of_all) for one in candidates),
+        )
+        assert window.LAYERS == 28
+        result = PARTS["window"](CPU, Problems())
+        assert [row.timing for row in result.rows] == [Timing(1.0, 0.5, 2.0, (0.5, 1.0, 2.0), 28)] * 3
 
     def test_wrong_windows_are_not_timed(self, wrong_scale: None) -> None:
         problems = Problems()

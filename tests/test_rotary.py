@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.machines import OnGpu, OnSecondGpu
 from tests.rotated import tables
 from tests.tolerance import RAGGED, cumulative, fused, packed
 from tests.towers import batch, merged, tower
-from varlen_vision import attention, compiled, swap_attention
+from varlen_vision import attention, compiled, optimize_vision, swap_attention
 from varlen_vision.attention import VarlenAttention
 from varlen_vision.errors import SegmentError
 from varlen_vision.families.rope import HALF, PAIRS, Rotation
-from varlen_vision.kernels import KERNELS, dispatch, flash_attn_varlen_func
+from varlen_vision.kernels import KERNELS, dispatch, flash_attn_varlen_func, rope
 from varlen_vision.kernels.rope import halves_differ, rotate
 from varlen_vision.kernels.spec import Call, Kernel
 from varlen_vision.kernels.table import Choice
-from varlen_vision.segments import SegmentReader
+from varlen_vision.segments import SegmentReader, current_reader
 
 TOTAL, LONGEST = sum(RAGGED), max(RAGGED)
 Rotary = tuple[Tensor, Tensor] | None
@@ -148,27 +149,81 @@ def test_what_a_forward_noted_of_the_tables_is_handed_on(
     assert [None if flag is None else flag.item() for flag in seen] == [None, None, 1, None, None]
 
 
-class OnGpu(Tensor):
-    """A CPU tensor that says it is on a GPU."""
-
-    @property
-    def is_cuda(self) -> bool:
-        return True
+def begun(block: VarlenAttention) -> VarlenAttention:
+    """The block, with its tower's forward begun, which the fixture `looks` ends."""
+    block.reader.begin_forward()
+    return block
 
 
-def test_only_tables_on_a_gpu_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The pairs of tables whose halves are compared, on a machine that is taken to have Triton."""
     looked: list[tuple[Tensor, Tensor]] = []
-    flag = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(attention, "halves_differ", lambda *pair: looked.append(pair) or flag)
-    reader, here = SegmentReader(), tables(TOTAL, 80)
+    monkeypatch.setattr(attention, "halves_differ", lambda *pair: looked.append(pair) or FLAG)
+    monkeypatch.setattr(rope, "_fused", lambda: rope)
+    yield looked
+    while (reader := current_reader()) is not None:
+        reader.end_forward()
+
+
+FLAG = torch.zeros(1, dtype=torch.int32)
+
+
+@torch.no_grad()
+def test_tables_of_use_on_a_gpu_are_looked_at_once(looks: list[tuple[Tensor, Tensor]]) -> None:
+    block, odd = begun(swapped_block()), begun(swapped_block())
+    here = tables(TOTAL, block.structure.head_dim)
     cos, sin = (table.as_subclass(OnGpu) for table in here)
-    reader.begin_forward()
-    unfit = ((cos[0], sin[0]), (cos, sin[:, :40]), (cos.int(), sin))
-    for wrong in (here, None, cos, (cos,), [cos, sin], *unfit):
-        attention.note_tables(reader, wrong)
-        assert not looked
-    attention.note_tables(reader, (cos, sin))
-    assert len(looked) == 1 and reader.noted((cos, sin)) is flag
+    other = sin.as_subclass(OnSecondGpu)
+    shapes = ((cos[0, 0], sin[0, 0]), (cos[0], sin[0]), (cos, sin[:-1]), (cos, sin[:, :8]))
+    unfit = (*shapes, (cos.int(), sin), (cos, sin.int()))
+    for wrong in (here, None, cos, (cos,), (None, None), (cos, None), (here[0], sin), (cos, other), *unfit):
+        block.note_tables(wrong)
+        assert not looks
+    for given in ((cos, sin), [cos, sin]):
+        block.note_tables(given)
+        assert len(looks) == 1 and block.reader.noted((cos, sin)) is FLAG
+    # An odd width is refused by what rotates; it is not for a kernel to read before that.
+    odd.structure = replace(odd.structure, head_dim=5)
+    odd.note_tables((cos[:, :5], sin[:, :5]))
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("why", ["gradients", "no Triton", "other rotation", "outside of a forward"])
+def test_tables_of_no_use_are_not_looked_at(
+    why: str, looks: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = swapped_block()
+    pair = tuple(table.as_subclass(OnGpu) for table in tables(TOTAL, block.structure.head_dim))
+    if why == "no Triton":
+        monkeypatch.setattr(rope, "_fused", lambda: None)
+    if why == "other rotation":
+        block.structure = replace(block.structure, rotation=PAIRS)
+    if why != "outside of a forward":
+        begun(block)
+    with torch.set_grad_enabled(why == "gradients"):
+        block.note_tables(pair)
+    assert not looks
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_what_a_layer_gets_is_what_is_noted(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what it makes of older releases' angles: those tables are of this layer alone."""
+    model, noted = tower("qwen2_5_vl"), []
+    swap_attention(model, verify=False)
+    monkeypatch.setattr(VarlenAttention, "note_tables", lambda self, pair: noted.append(pair))
+    if compiled:
+        optimize_vision(model, "compile", backend="eager")
+    merged(model(*batch(model)))
+    assert len(noted) == len(model.blocks)
+    assert all(pair[0] is noted[0][0] and pair[1] is noted[0][1] for pair in noted)
+    noted.clear()
+    block = model.blocks[0].attn
+    angles = torch.rand(10, block.structure.head_dim // 2)
+    hidden = torch.randn(10, block.structure.num_heads * block.structure.head_dim)
+    block(hidden, cumulative([4, 6]), rotary_pos_emb=angles)
+    assert noted == [None]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.machines import OnGpu
 from tests.tolerance import cumulative, packed
 from varlen_vision import segments as segments_module
 from varlen_vision.errors import KernelError, SegmentError, VarlenVisionError
@@ -363,15 +364,8 @@ def test_a_recorded_graph_takes_no_note_from_outside(monkeypatch: pytest.MonkeyP
     assert reader.noted(tables) == 3
 
 
-class OnGpu(Tensor):
-    """A CPU tensor that says it is on a GPU, where reading costs a host stop and a plan saves it."""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-
 def on_gpu(lengths: list[int]) -> Tensor:
+    """Where reading costs a host stop, and a plan saves it."""
     return cumulative(lengths).as_subclass(OnGpu)
 
 

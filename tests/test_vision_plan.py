@@ -33,6 +33,7 @@ from varlen_vision.plan.layouts import FrameLayout, cu_seqlens_name
 from varlen_vision.scopes import scope_of
 from varlen_vision.scopes import tower as tower_module
 from varlen_vision.scopes.observe import Observation, Step, current_observation, equal, observing
+from varlen_vision.segments import current_reader
 
 _MADE: dict[str, tuple[Recipe, list[Step]]] = {}
 
@@ -242,7 +243,10 @@ def test_a_forward_that_was_interrupted_leaves_nothing(then: str, monkeypatch: p
     elif then == "other tower":
         batch("qwen2_vl", other).run()
     else:
+        reader = model.blocks[0].attn.reader
+        assert current_reader() is reader
         restore_attention(model)
+        assert current_reader() is not reader
     assert current_observation() is None and home.get_vision_position_ids is own
     torch.testing.assert_close(inputs.run(), expected)
     scope = scope_of(model)

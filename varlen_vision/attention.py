@@ -13,7 +13,7 @@ from varlen_vision.errors import SegmentError
 from varlen_vision.families import Family, Structure
 from varlen_vision.families.rope import HALF, tables
 from varlen_vision.kernels import flash_attn_varlen_func
-from varlen_vision.kernels.rope import halves_differ
+from varlen_vision.kernels.rope import halves_differ, in_kernel
 from varlen_vision.segments import SegmentReader
 
 
@@ -100,7 +100,7 @@ class VarlenAttention(nn.Module):
                 q, k = structure.rotate(q, k, *rotary)
                 rotary = None
             elif not torch.compiler.is_compiling():
-                note_tables(self.reader, rotary)
+                self.note_tables(given.get("position_embeddings"))
         output = structure.finish(self, self._attend(q, k, v, cu_seqlens, given.get("max_seqlen"), rotary))
         output = output.view(hidden_states.shape[:-1] + output.shape[-1:])
         return (output, None) if structure.returns_pair else output
@@ -156,6 +156,20 @@ class VarlenAttention(nn.Module):
         """Whether the attention call rotates q and k, where the tables are as usual: half-split."""
         rotation = self.structure.rotation
         return rotation is not None and rotation.apply is HALF.apply
+
+    def note_tables(self, position_embeddings: Any) -> None:
+        """Find out whether RoPE's tables repeat their first half, for the kernels of this and later layers.
+
+        Args:
+            position_embeddings: what the layer gets as such. What no kernel asks about is passed over: all
+                but a pair of tables (T, D) on a GPU, and any while gradients are enabled.
+        """
+        match position_embeddings:
+            case (Tensor() as cos, Tensor() as sin) if not torch.is_grad_enabled() and in_kernel(cos):
+                alike = cos.shape == sin.shape and cos.device == sin.device
+                floats = cos.dtype.is_floating_point and sin.dtype.is_floating_point
+                if alike and floats and self._attends_rotated(cos, sin) and cos.shape[1] % 2 == 0:
+                    self.reader.note((cos, sin), halves_differ)
 
     def _attends_rotated(self, cos: Tensor, sin: Tensor) -> bool:
         """Whether `_attend` can rotate q and k: half-split, all channels, no gradients for the tables."""
@@ -216,21 +230,6 @@ def _tables(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         raise ValueError("position_embeddings is missing; expected cos and sin of (tokens, head_dim)")
     cos, sin = position
     return cos, sin
-
-
-def note_tables(reader: SegmentReader, rotary: Any) -> None:
-    """Let kernels know, from the first layer of a forward on, whether RoPE's tables repeat their first half.
-
-    Args:
-        reader: of the tower.
-        rotary: what its blocks get as `position_embeddings`. What is no pair is passed over, and so are two
-            tensors that are no tables on a GPU.
-    """
-    if not isinstance(rotary, tuple) or len(rotary) != 2:
-        return
-    cos, sin = rotary
-    if cos.is_cuda and cos.ndim == 2 and cos.shape == sin.shape and cos.dtype.is_floating_point:
-        reader.note(rotary, halves_differ)
 
 
 # What accelerate keeps on a module that it has hooked (accelerate.hooks.add_hook_to_module).

@@ -36,6 +36,11 @@ def rotate(
     return rotate_plain(q, k, cos, sin)
 
 
+def in_kernel(tensor: Tensor) -> bool:
+    """Whether `rotate` has a kernel for tensors where this one is, not only PyTorch's operations."""
+    return tensor.is_cuda and _fused() is not None
+
+
 def _takes_kernel(q: Tensor, cos: Tensor, sin: Tensor) -> bool:
     if torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
         return False

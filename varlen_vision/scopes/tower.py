@@ -76,6 +76,7 @@ class TowerScope:
         for handle in self.handles:
             handle.remove()
         _end_stale()
+        self.reader.end_forward()  # of a forward that a KeyboardInterrupt ended
         if self.answers is not None:
             self.answers.remove()
         self.tower.__dict__.pop(_KEY, None)

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from varlen_vision.attention import note_tables, replaced_forward
-from varlen_vision.segments import current_reader
+from varlen_vision.attention import VarlenAttention, replaced_forward
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import Block
 from varlen_vision.tower.inductor import inductor
@@ -74,8 +73,8 @@ class CompiledForward:
         for child in self.block._modules.values():
             if isinstance(child, AlignedMLP):
                 child.check()
-        if not torch.compiler.is_compiling() and (reader := current_reader()) is not None:
-            note_tables(reader, kwargs.get("position_embeddings"))
+            elif isinstance(child, VarlenAttention) and not torch.compiler.is_compiling():
+                child.note_tables(kwargs.get("position_embeddings"))  # which its graph cannot do
         try:
             return self.call(self.block, *args, **kwargs)
         except FailOnRecompileLimitHit:

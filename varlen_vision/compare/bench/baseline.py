@@ -8,11 +8,13 @@ Source: vLLM, vllm/model_executor/models/qwen2_5_vl.py (Qwen2_5_VisionTransforme
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from varlen_vision.compare.bench.recorded import recorded
 from varlen_vision.compare.errors import CompareError
 from varlen_vision.kernels import KERNELS
 from varlen_vision.kernels.spec import Request
@@ -27,8 +29,6 @@ from varlen_vision.vision_plan import VisionPlan
 
 KERNELS_TRIED = ("flash_attn_4", "torch_varlen", "sdpa_segments")
 """The first that can run takes all lengths; the last one is for CPUs."""
-
-WARM_UP = 3
 
 
 def put_on(model: nn.Module, request: Request, backend: str) -> str:
@@ -78,28 +78,13 @@ def captured(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
     """Replay one CUDA graph of the whole forward; gives the same static output each time.
 
     Args:
-        model: a tower, on a GPU.
+        model: a tower; where it is not on a GPU, the call is a planned forward, without a graph.
         inputs: its keyword arguments, grids on the host; read again by each replay.
     """
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            model(**inputs)
-    torch.cuda.current_stream().wait_stream(stream)
+    device = next(model.parameters()).device
+    model(**inputs)  # the first forward of a tower is observed, and planned from then on
     scope = scope_of(model)
-    plan = None
     if scope is not None and scope.recipe is not None:
-        device = next(model.parameters()).device
-        # Held by the call below, since the graph goes on reading its memory.
         plan = VisionPlan.from_grid(inputs["grid_thw"], scope.recipe, device=device)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = model(**inputs, **({} if plan is None else {"vision_plan": plan}))
-
-    def replay(held: Any = plan) -> Any:
-        graph.replay()
-        return output
-
-    return replay
+        inputs = {**inputs, "vision_plan": plan}
+    return recorded(device, partial(model, **inputs))

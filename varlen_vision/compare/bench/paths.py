@@ -50,9 +50,7 @@ class BenchPath:
 
     def ready(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
         """The call to make and to time."""
-        if self.graphed and next(model.parameters()).is_cuda:
-            return baseline.captured(model, inputs)
-        return partial(model, **inputs)
+        return baseline.captured(model, inputs) if self.graphed else partial(model, **inputs)
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A tower's inputs as this path gets them."""

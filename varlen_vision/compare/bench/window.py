@@ -2,7 +2,7 @@
 
 On a GPU as the fast tower runs it: q, k and v lie packed in one tensor, and the window layers of one forward
 are a CUDA graph, which begins with the look at RoPE's tables that they share (see SegmentReader.note). A row
-beside it is a call on its own, with q, k and v in tensors of their own.
+beside it is of calls from Python, outside of any forward, with q, k and v in tensors of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from varlen_vision.compare.attention import HEAD_DIM, HEADS, one_call_per_segment
 from varlen_vision.compare.bench.candidates import Candidate, row_of, simple, timed
 from varlen_vision.compare.bench.problems import Problems
+from varlen_vision.compare.bench.recorded import recorded
 from varlen_vision.compare.bench.setup import SHRINK, Setup
 from varlen_vision.compare.gate import judge
 from varlen_vision.compare.results import Row, Timing, WorkloadResult
@@ -34,7 +35,7 @@ WINDOW = "768 windows of 64 with RoPE"
 WINDOWS, LENGTH = 768, 64
 KERNELS = ("auto", "torch_varlen")
 """What is timed: the choice, and PyTorch's own kernel beside it."""
-ALONE = "auto, q, k, v apart, called alone"
+ALONE = "auto, q, k, v apart, no graph"
 COPY = "copy"
 LAYERS = 28
 """Of Qwen2.5-VL's tower that have windows; times are a layer's."""
@@ -65,10 +66,14 @@ class _Inputs:
         try:
             reader.remember(self.segments)
             reader.note(self.tables, halves_differ)
-            for _ in range(LAYERS):
-                output = self.attend(kernel, reader)
+            return self.calls(kernel, reader)
         finally:
             reader.end_forward()
+
+    def calls(self, kernel: str, reader: SegmentReader | None = None) -> Tensor:
+        """LAYERS layers, one after another."""
+        for _ in range(LAYERS):
+            output = self.attend(kernel, reader)
         return output
 
     def apart(self) -> _Inputs:
@@ -107,9 +112,9 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
             continue
         with problems.of(f"{WINDOW}, {path}"):
             if path == ALONE:
-                work: Callable[[], Tensor] = partial(inputs.apart().attend, name)
+                work: Callable[[], Tensor] = partial(inputs.apart().calls, name)
             else:
-                work = _replay(setup.device, partial(inputs.forward, name))
+                work = recorded(setup.device, partial(inputs.forward, name))
             gate = judge(work(), reference, yardstick, setup.dtype)
             row = row_of(path, gate, choose(request, name).kernel.name)
             if not gate.green:
@@ -118,31 +123,15 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
     # Half of the bytes are read, half written: q, k, v and the output are four alike.
     half = torch.empty_like(torch.stack((inputs.q, inputs.k)))
     into = torch.empty_like(half)
-    copy = _replay(setup.device, lambda: [into.copy_(half) for _ in range(LAYERS)][-1])
+    copy = recorded(setup.device, lambda: [into.copy_(half) for _ in range(LAYERS)][-1])
     copy()
     candidates.append(simple(Row(COPY, "green"), copy, stopwatch(setup.device, copy)))
-    rows = tuple(row if row.path == ALONE else _per_layer(row) for row in timed(candidates, (), None, setup))
+    rows = tuple(map(_per_layer, timed(candidates, (), None, setup)))
     floor = next((row.timing.median for row in rows if row.path == COPY and row.timing), None)
     patches = windows * LENGTH
     description = f"{HEADS} heads of {HEAD_DIM}, against a copy of as many bytes"
     rows = with_speed(rows, KERNELS[1:], floor)
     return WorkloadResult(WINDOW, description, patches, {"windows": windows}, 0, floor, rows=rows)
-
-
-def _replay(device: torch.device, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`work` as a CUDA graph, which gives its output; `work` itself where there are none."""
-    if device.type != "cuda":
-        return work
-    work()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = work()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def _per_layer(row: Row) -> Row:
