@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner, Result
 
 from tests.test_compare_profiling import GPU, HOST, Fake
-from varlen_vision.compare.bench import baseline, training, window
+from varlen_vision.compare.bench import baseline, first_token, training, window
 from varlen_vision.compare.bench import run as running
+from varlen_vision.compare.bench.first_token import FIRST_TOKEN, text_by_flash
 from varlen_vision.compare.bench.kernel_time import FULL, OTHER, WINDOWED, kind_of, summed
 from varlen_vision.compare.bench.paths import FUSED, PATHS, VARLEN
 from varlen_vision.compare.bench.problems import Problems
@@ -44,6 +48,10 @@ CPU = Setup(torch.device("cpu"), torch.float32, tiny=True, repeats=1, seconds=0.
 FEW = ("--device", "cpu", "--tiny", "--repeats", "1", "--seconds", "0.01", "--workload", "small")
 RECORD = Record("abc", "H200", "2", "5", "bfloat16", TOWERS[0], "batch", "compile", "green")
 
+needs_setting = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "set_attn_implementation"),
+    reason="this transformers cannot change the attention of a model in memory",
+)
 PRESENT = tuple(tower.name for tower in zoo.towers() if tower.name in TOWERS)
 
 
@@ -189,6 +197,39 @@ class TestParts:
         assert [row.timing is None for row in result.rows] == [True, True, False]
         assert len(problems.found) == 2
 
+    @needs_setting
+    def test_the_text_part_is_set_for_its_rows_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Eager attention in the place of the flash that needs a GPU."""
+        seen: list[str] = []
+        right = first_token._logits
+
+        def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+            seen.append(model.get_decoder().config._attn_implementation)
+            return right(model, inputs)
+
+        monkeypatch.setattr(first_token, "_logits", logits)
+        monkeypatch.setattr(first_token, "set_flash", lambda set_to, _: [set_to("eager"), "eager"][1])
+        problems = Problems()
+        result = PARTS["first-token"](CPU, problems)
+        assert problems.found == [] and list(problems.unavailable) == ["flash, first token"]
+        assert [row.path for row in result.rows] == ["sdpa", "compile", text_by_flash("compile")]
+        assert [row.status for row in result.rows] == ["green"] * 3
+        assert [row.note.endswith("text eager") for row in result.rows] == [False, False, True]
+        assert seen == ["sdpa", "sdpa", "sdpa", "sdpa", "eager"]  # two to judge by, and a row each
+
+    @needs_setting
+    def test_a_wrong_text_part_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+            return q.transpose(1, 2).contiguous(), None
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "no_attention", no_attention)
+        monkeypatch.setattr(first_token._Whole, "flash_of_text", lambda *_: "no_attention")
+        problems = Problems()
+        *_, wrong = PARTS["first-token"](CPU, problems).rows
+        assert wrong.status == "red" and wrong.timing is None
+        ((where, what),) = problems.found
+        assert where.endswith(text_by_flash("compile")) and what.startswith("out of parity")
+
     def test_wrong_gradients_are_not_timed(self, wrong_scale: None) -> None:
         problems = Problems()
         result = PARTS["training"](CPU, problems)
@@ -268,12 +309,12 @@ class TestTargets:
         assert (verdict.path, verdict.value, verdict.word) == ("compile", 1.3, "MISSED")
 
     def test_a_share_is_at_most(self) -> None:
-        (target,) = (one for one in TARGETS if one.measure == "share")
-        record = replace(RECORD, workload=target.workload, ms=1.0, speedup={"sdpa": 1 / 0.3})
-        (verdict,) = verdicts([record])
-        assert verdict.value == pytest.approx(0.3) and verdict.word == "met"
-        (verdict,) = verdicts([replace(record, speedup={"sdpa": 2.0})])
-        assert verdict.word == "MISSED"
+        record = replace(RECORD, workload=FIRST_TOKEN, ms=1.0, speedup={"sdpa": 1 / 0.3})
+        other = replace(record, path=text_by_flash(record.path), speedup={"sdpa": 2.0})
+        mode, with_flash = verdicts([record, other])  # one does not stand for the other
+        assert mode.value == pytest.approx(0.3) and mode.word == "met"
+        assert with_flash.value == pytest.approx(0.5) and with_flash.word == "MISSED"
+        assert [verdict.word for verdict in verdicts([other])] == ["not measured", "MISSED"]
 
     def test_red_is_not_measured(self) -> None:
         found = verdicts([replace(RECORD, status="red")])

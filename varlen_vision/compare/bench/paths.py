@@ -52,27 +52,43 @@ class BenchPath:
         """The call to make and to time."""
         return baseline.captured(model, inputs) if self.graphed else partial(model, **inputs)
 
-    def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A tower's inputs as this path gets them."""
-        return {**inputs, "grid_thw": inputs["grid_thw"].cpu()} if self.host_grids else inputs
+    def inputs(self, inputs: dict[str, Any], grids: str = "grid_thw") -> dict[str, Any]:
+        """Inputs of a tower, or of a model that calls its grids otherwise, as this path gets them."""
+        return {**inputs, grids: inputs[grids].cpu()} if self.host_grids else inputs
 
 
 def _as_it_is(model: nn.Module, request: Request, backend: str) -> str:
     return ""
 
 
-def _flash(model: Any, request: Request, backend: str) -> str:
+def set_flash(set_to: Callable[[str], object], request: Request) -> str:
+    """Set a model to the first of transformers' flash implementations that can run and that it takes.
+
+    Args:
+        set_to: the model's `set_attn_implementation`.
+        request: device, dtype and head_dim of its attention.
+
+    Returns:
+        Its name.
+
+    Raises:
+        CompareError: there is none; the message says why.
+    """
     reasons = []
     for name in FLASH:
         reason = known.PATHS[name].refusal(request.device, request.dtype, request.head_dim)
         if not reason:
             try:
-                model.set_attn_implementation(name)
+                set_to(name)
                 return name
             except (ImportError, ValueError) as error:  # some towers say so themselves
                 reason = str(error)
         reasons.append(f"{name}: {reason}")
     raise CompareError("; ".join(reasons))
+
+
+def _flash(model: Any, request: Request, backend: str) -> str:
+    return set_flash(model.set_attn_implementation, request)
 
 
 def _varlen(model: nn.Module, request: Request, backend: str) -> str:
