@@ -111,7 +111,7 @@ class Pair:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_graph_for_many_batches(family: str) -> None:
-    """The trap of graphs keyed by the number of tokens: old cu_seqlens and positions."""
+    """Graphs keyed by the number of tokens replay old cu_seqlens and positions: SGLang #16902, #37043."""
     pair = Pair(family)
     for grids in SAME_BUCKET * 2:
         pair.check(grids)
@@ -190,6 +190,46 @@ class Twice(nn.Module):
 
 
 Twice.__module__ = "torch.nn"
+
+
+class Regrown(nn.Module):
+    """Angles times ones, which a larger batch makes anew; old ones are written over, as freed memory is."""
+
+    def __init__(self, angles: nn.Module) -> None:
+        super().__init__()
+        self.angles = angles
+        self.register_buffer("ones", torch.ones(256))
+
+    def forward(self, *args: Any) -> Any:
+        found = self.angles(*args)
+        tokens = len(pytree.tree_leaves(found)[0])
+        if tokens > len(self.ones):
+            self.ones.fill_(torch.nan)
+            self.ones = torch.ones(tokens)
+        return pytree.tree_map(lambda table: table * self.ones[:tokens, None], found)
+
+
+Regrown.__module__ = "torch.nn"
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_a_shared_buffer_that_is_regrown(looked_at: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A RoPE buffer that a batch outside of the graph makes anew: SGLang #29216."""
+    pair = Pair("qwen2_5_vl", tape)
+    for model in (pair.model, pair.plain):
+        model.rotary_pos_emb = Regrown(model.rotary_pos_emb)
+    for _ in range(3):
+        pair.check(SAME_BUCKET[0])
+    assert pair.counted("recorded") == 1 and pair.counted("replayed") == 2
+    pair.check(((1, 24, 24),))
+    if looked_at:
+        for _ in range(2):
+            pair.check(SAME_BUCKET[0])
+        assert pair.counted("recorded") == 2 and pair.counted("replayed") == 3
+    else:  # the control
+        monkeypatch.setattr(Fingerprint, "in_place", lambda _: True)
+        with pytest.raises(AssertionError):
+            pair.check(SAME_BUCKET[0])
 
 
 @pytest.fixture
@@ -527,7 +567,7 @@ def test_rounding_up_gives_few_different_counts() -> None:
 
 
 def test_cumulative_lengths_are_padded_with_empty_segments() -> None:
-    """Over-padded window metadata must cut nothing."""
+    """Over-padded window metadata, vLLM #42796, must cut nothing."""
     model = tower("qwen2_5_vl")
     plan = VisionPlan.from_grid([[1, 10, 12], [1, 6, 22]], model)
     filled = fill_up(plan)
