@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,16 +15,17 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner, Result
 
 from tests.test_compare_profiling import GPU, HOST, Fake
+from varlen_vision.attention import VarlenAttention
 from varlen_vision.compare.bench import baseline, first_token, training, window
 from varlen_vision.compare.bench import run as running
 from varlen_vision.compare.bench.first_token import FIRST_TOKEN, text_by_flash
 from varlen_vision.compare.bench.kernel_time import FULL, OTHER, WINDOWED, kind_of, summed
-from varlen_vision.compare.bench.paths import FUSED, PATHS, VARLEN
+from varlen_vision.compare.bench.paths import FUSED, PATHS, VARLEN, BenchPath
 from varlen_vision.compare.bench.problems import Problems
 from varlen_vision.compare.bench.records import Record, load, merge, save
 from varlen_vision.compare.bench.run import PARTS, Outcome, Request, run
@@ -42,6 +44,7 @@ from varlen_vision.testing.dimensions import FAMILIES
 from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.compiled_blocks import is_compiled
 from varlen_vision.tower.patches import PatchProduct
+from varlen_vision.vision_plan import VisionPlan
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
 CPU = Setup(torch.device("cpu"), torch.float32, tiny=True, repeats=1, seconds=0.01)
@@ -144,6 +147,24 @@ class TestTowers:
         assert tower_for("glm4v", WORKLOADS["video"]).images == ((1, 32, 32),) * 32
 
 
+@pytest.mark.skipif(find_spec("transformers.vision_utils") is None, reason="this release takes no plans")
+def test_the_fused_baseline_is_planned_beforehand() -> None:
+    model: Any = zoo.build(tower_for("qwen2_5_vl", WORKLOADS["small"], tiny=True))
+    baseline.put_on(model, anatomy(model, CPU).request, "eager")
+    inputs = zoo.inputs(tower_for("qwen2_5_vl", WORKLOADS["small"], tiny=True), model)
+    given: list[Any] = []
+
+    def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append(kwargs.get("vision_plan"))
+
+    model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    call = baseline.captured(model, inputs)
+    assert given == [None]
+    call()
+    call()
+    assert isinstance(given[1], VisionPlan) and given[2] is given[1]
+
+
 def test_the_fused_baseline_pads_nothing_and_has_one_kernel() -> None:
     tower = tower_for("qwen2_5_vl", WORKLOADS["small"], tiny=True)
     # A width that products for a GPU would pad.
@@ -198,24 +219,53 @@ class TestParts:
         assert len(problems.found) == 2
 
     @needs_setting
-    def test_the_text_part_is_set_for_its_rows_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_parts_are_in_place_for_their_rows_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Eager attention in the place of the flash that needs a GPU."""
-        seen: list[str] = []
-        right = first_token._logits
+        models: list[Any] = []
+        grids: list[Tensor] = []
+        gated: list[tuple[str, bool]] = []
+        timed: dict[tuple[str, bool], None] = {}
+        logits, generate = first_token._logits, GenerationMixin.generate
 
-        def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-            seen.append(model.get_decoder().config._attn_implementation)
-            return right(model, inputs)
+        def state(model: Any) -> tuple[str, bool]:
+            models.append(model)
+            swapped = any(isinstance(module, VarlenAttention) for module in model.modules())
+            return model.get_decoder().config._attn_implementation, swapped
 
-        monkeypatch.setattr(first_token, "_logits", logits)
+        def gate(model: Any, inputs: dict[str, Any]) -> Tensor:
+            gated.append(state(model))
+            return logits(model, inputs)
+
+        def time(model: Any, **inputs: Any) -> Any:
+            timed[state(model)] = None
+            assert any(inputs[first_token.GRIDS] is own for own in grids)
+            return generate(model, **inputs)
+
+        def own_grids(self: BenchPath, inputs: dict[str, Any], name: str = "grid_thw") -> dict[str, Any]:
+            grids.append(inputs[name].clone())
+            return {**inputs, name: grids[-1]}
+
+        monkeypatch.setattr(first_token, "_logits", gate)
+        monkeypatch.setattr(GenerationMixin, "generate", time)
+        monkeypatch.setattr(BenchPath, "inputs", own_grids)
         monkeypatch.setattr(first_token, "set_flash", lambda set_to, _: [set_to("eager"), "eager"][1])
         problems = Problems()
         result = PARTS["first-token"](CPU, problems)
         assert problems.found == [] and list(problems.unavailable) == ["flash, first token"]
         assert [row.path for row in result.rows] == ["sdpa", "compile", text_by_flash("compile")]
         assert [row.status for row in result.rows] == ["green"] * 3
-        assert [row.note.endswith("text eager") for row in result.rows] == [False, False, True]
-        assert seen == ["sdpa", "sdpa", "sdpa", "sdpa", "eager"]  # two to judge by, and a row each
+        assert ["text eager" in row.note for row in result.rows] == [False, False, True]
+        rows = [("sdpa", False), ("sdpa", True), ("eager", True)]
+        assert list(timed) == rows
+        assert gated == [("sdpa", False)] * 2 + rows  # two to judge by
+        assert {state(model) for model in list(models)} == {("sdpa", False)}
+
+    def test_a_wrong_tower_gives_no_first_token(self, wrong_scale: None) -> None:
+        problems = Problems()
+        plain, wrong = PARTS["first-token"](CPU, problems).rows
+        assert (plain.status, wrong.status, wrong.timing) == ("green", "red", None)
+        ((_, what),) = problems.found
+        assert what.startswith("tower out of parity")
 
     @needs_setting
     def test_a_wrong_text_part_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +278,7 @@ class TestParts:
         *_, wrong = PARTS["first-token"](CPU, problems).rows
         assert wrong.status == "red" and wrong.timing is None
         ((where, what),) = problems.found
-        assert where.endswith(text_by_flash("compile")) and what.startswith("out of parity")
+        assert where.endswith(text_by_flash("compile")) and what.startswith("logits out of parity")
 
     def test_wrong_gradients_are_not_timed(self, wrong_scale: None) -> None:
         problems = Problems()
@@ -315,6 +365,7 @@ class TestTargets:
         assert mode.value == pytest.approx(0.3) and mode.word == "met"
         assert with_flash.value == pytest.approx(0.5) and with_flash.word == "MISSED"
         assert [verdict.word for verdict in verdicts([other])] == ["not measured", "MISSED"]
+        assert mode.target.text != with_flash.target.text
 
     def test_red_is_not_measured(self) -> None:
         found = verdicts([replace(RECORD, status="red")])

@@ -155,6 +155,9 @@ def begun(block: VarlenAttention) -> VarlenAttention:
     return block
 
 
+FLAG = torch.zeros(1, dtype=torch.int32)
+
+
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The pairs of tables whose halves are compared, on a machine that is taken to have Triton."""
@@ -164,9 +167,6 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor
     yield looked
     while (reader := current_reader()) is not None:
         reader.end_forward()
-
-
-FLAG = torch.zeros(1, dtype=torch.int32)
 
 
 @torch.no_grad()
@@ -206,14 +206,22 @@ def test_tables_of_no_use_are_not_looked_at(
     assert not looks
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_tower_is_told_though_gradients_are_enabled(looks: list[tuple[Tensor, Tensor]]) -> None:
+    """As where the text part alone is trained."""
+    block = begun(swapped_block())
+    block.requires_grad_(False)
+    block.note_tables(tuple(table.as_subclass(OnGpu) for table in tables(TOTAL, block.structure.head_dim)))
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
 @torch.no_grad()
-def test_what_a_layer_gets_is_what_is_noted(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_layer_gets_is_what_is_noted(in_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what it makes of older releases' angles: those tables are of this layer alone."""
     model, noted = tower("qwen2_5_vl"), []
     swap_attention(model, verify=False)
     monkeypatch.setattr(VarlenAttention, "note_tables", lambda self, pair: noted.append(pair))
-    if compiled:
+    if in_graph:
         optimize_vision(model, "compile", backend="eager")
     merged(model(*batch(model)))
     assert len(noted) == len(model.blocks)
@@ -223,7 +231,11 @@ def test_what_a_layer_gets_is_what_is_noted(compiled: bool, monkeypatch: pytest.
     angles = torch.rand(10, block.structure.head_dim // 2)
     hidden = torch.randn(10, block.structure.num_heads * block.structure.head_dim)
     block(hidden, cumulative([4, 6]), rotary_pos_emb=angles)
-    assert noted == [None]
+    given = tables(10, block.structure.head_dim)
+    names = block.structure.parameters[1:]
+    place = [*names].index("position_embeddings")
+    block(hidden, *[cumulative([4, 6]) if name == "cu_seqlens" else None for name in names[:place]], given)
+    assert noted == [None, given]
 
 
 @pytest.fixture

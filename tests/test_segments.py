@@ -21,7 +21,7 @@ from tests.tolerance import cumulative, packed
 from varlen_vision import segments as segments_module
 from varlen_vision.errors import KernelError, SegmentError, VarlenVisionError
 from varlen_vision.kernels import flash_attn_varlen_func
-from varlen_vision.segments import _ACTIVE, SegmentReader, Segments, check_fit
+from varlen_vision.segments import _ACTIVE, SegmentReader, Segments, check_fit, current_reader
 
 some_lengths = st.lists(st.integers(0, 200), min_size=1, max_size=50).filter(any)
 
@@ -337,6 +337,16 @@ def test_what_a_note_is_of_lives_as_long_as_the_note() -> None:
     assert all(tensor() is not None for tensor in alive)
     reader.end_forward()
     assert all(tensor() is None for tensor in alive)
+
+
+def test_the_forward_begun_last_is_the_current_one() -> None:
+    """Also after others were interrupted, and never ended."""
+    first, second = SegmentReader(), SegmentReader()
+    for reader in (first, second, first):
+        reader.begin_forward()
+        assert current_reader() is reader
+    first.end_forward()
+    assert current_reader() is second
 
 
 def test_notes_are_few_and_of_one_thread() -> None:

@@ -13,7 +13,7 @@ from varlen_vision.errors import SegmentError
 from varlen_vision.families import Family, Structure
 from varlen_vision.families.rope import HALF, tables
 from varlen_vision.kernels import flash_attn_varlen_func
-from varlen_vision.kernels.rope import halves_differ, in_kernel
+from varlen_vision.kernels.rope import halves_differ, has_kernel
 from varlen_vision.segments import SegmentReader
 
 
@@ -161,15 +161,18 @@ class VarlenAttention(nn.Module):
         """Find out whether RoPE's tables repeat their first half, for the kernels of this and later layers.
 
         Args:
-            position_embeddings: what the layer gets as such. What no kernel asks about is passed over: all
-                but a pair of tables (T, D) on a GPU, and any while gradients are enabled.
+            position_embeddings: what the layer gets as such. What is of no use is passed over: all but a pair
+                of tables (T, D) on a GPU, and any while the layer is trained, whose kernels read them whole.
         """
         match position_embeddings:
-            case (Tensor() as cos, Tensor() as sin) if not torch.is_grad_enabled() and in_kernel(cos):
+            case (Tensor() as cos, Tensor() as sin) if has_kernel(cos) and not self._is_trained():
                 alike = cos.shape == sin.shape and cos.device == sin.device
                 floats = cos.dtype.is_floating_point and sin.dtype.is_floating_point
                 if alike and floats and self._attends_rotated(cos, sin) and cos.shape[1] % 2 == 0:
                     self.reader.note((cos, sin), halves_differ)
+
+    def _is_trained(self) -> bool:
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
 
     def _attends_rotated(self, cos: Tensor, sin: Tensor) -> bool:
         """Whether `_attend` can rotate q and k: half-split, all channels, no gradients for the tables."""

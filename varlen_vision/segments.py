@@ -298,8 +298,9 @@ class SegmentReader:
         """
         if not hasattr(_ACTIVE, "readers"):
             _ACTIVE.readers = []
-        if not getattr(self._local, "inside", False):
-            _ACTIVE.readers.append(self)
+        if getattr(self._local, "inside", False):  # the forward before was interrupted; another may be above
+            _ACTIVE.readers.remove(self)
+        _ACTIVE.readers.append(self)
         self._local.inside = True
         self._local.planned = dict(planned or {})
         self._local.notes = OrderedDict()

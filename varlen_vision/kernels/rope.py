@@ -36,8 +36,8 @@ def rotate(
     return rotate_plain(q, k, cos, sin)
 
 
-def in_kernel(tensor: Tensor) -> bool:
-    """Whether `rotate` has a kernel for tensors where this one is, not only PyTorch's operations."""
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether there is a kernel for tensors where this one is, not only PyTorch's operations."""
     return tensor.is_cuda and _fused() is not None
 
 

@@ -61,9 +61,9 @@ class _Whole:
     def with_parts(self, tower: nn.Module, text: str) -> Iterator[Any]:
         """The model, while `tower` is in the place of its own and its text part is set to `text`."""
         own = self.tower
-        self.parent._modules[self.attribute] = tower
-        self._set_text(text)
         try:
+            self.parent._modules[self.attribute] = tower
+            self._set_text(text)
             yield self.model
         finally:
             self.parent._modules[self.attribute] = own
@@ -84,9 +84,10 @@ class _Whole:
         """
         config = self.text.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        name = set_flash(self._set_text, replace(request, head_dim=head_dim))
-        self._set_text(SDPA)
-        return name
+        try:
+            return set_flash(self._set_text, replace(request, head_dim=head_dim))
+        finally:
+            self._set_text(SDPA)
 
     @contextmanager
     def generating(self, tower: nn.Module, text: str, inputs: dict[str, Any]) -> Iterator[Work]:
@@ -123,11 +124,11 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
     The towers' outputs are gated against float64, the first token's logits against a wider format too; the
     row shows the figure that uses more of its budget.
     """
-    name = TOWERS[0]
+    family = TOWERS[0]
     size: Size = "tiny" if setup.tiny else "real"
-    whole = _build(name, size, setup)
+    whole = _build(family, size, setup)
     # The dimensions of the whole model, which for the tiny one are not the zoo's.
-    tower = replace(tower_for(name, RECIPE, setup.tiny), settings=FAMILIES[name].vision[size])
+    tower = replace(tower_for(family, RECIPE, setup.tiny), settings=FAMILIES[family].vision[size])
     filled = zoo.build(tower, setup.dtype, setup.device)
     whole.tower.load_state_dict(filled.state_dict())
     del filled
@@ -154,13 +155,14 @@ def measure(setup: Setup, problems: Problems) -> WorkloadResult:
                 continue
             given, seen = path.inputs(inputs, GRIDS), path.inputs(pixels)
             output = [own(**seen) for _ in range(path.warm)][-1]
-            gates = [tower_gate(zoo.output(tower, output))]
+            gates = {"tower": tower_gate(zoo.output(tower, output))}
             with whole.with_parts(own, text) as model:
-                gates.append(logits_gate(_logits(model, given)))
-            gate = max(gates, key=used)
+                gates["logits"] = logits_gate(_logits(model, given))
+            worst = max(gates, key=lambda part: used(gates[part]))
+            gate = gates[worst]
             if not gate.green:
-                problems.add(f"{FIRST_TOKEN}, {name}", f"out of parity: error {gate.error}")
-            row = row_of(name, gate, "; ".join(filter(None, (note, f"text {text}"))))
+                problems.add(f"{FIRST_TOKEN}, {name}", f"{worst} out of parity: error {gate.error}")
+            row = row_of(name, gate, "; ".join(filter(None, (note, f"text {text}", f"error of the {worst}"))))
             opened: Callable[[], AbstractContextManager[Work]] = partial(whole.generating, own, text, given)
             candidate = Candidate(row, opened, 0.0)
             candidates.append(warmed(candidate, setup) if gate.green else candidate)
