@@ -54,9 +54,12 @@ class Batch:
             return zoo.output(self.tower, self.model(**self.arguments))
 
 
-def batch(name: str, model: nn.Module, only: int | None = None) -> Batch:
-    """Some images (videos, clips) of different sizes; or just one, with the pixels that it has among all."""
-    return Batch(_BY_NAME[name], model, zoo.inputs(_BY_NAME[name], model, only=only))
+def batch(name: str, model: nn.Module, only: int | None = None, changed: int | None = None) -> Batch:
+    """Some images (videos, clips) of different sizes; or just one, with the pixels that it has among all.
+
+    The one counted as `changed` has other pixels than it has without.
+    """
+    return Batch(_BY_NAME[name], model, zoo.inputs(_BY_NAME[name], model, only=only, changed=changed))
 
 
 @cache

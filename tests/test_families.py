@@ -121,6 +121,18 @@ def test_images_do_not_see_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
+def test_tokens_of_others_are_the_same_bits_when_one_image_changes(name: str) -> None:
+    model = make(name)
+    swap_attention(model)
+    before, after = batch(name, model).run(), batch(name, model, changed=1).run()
+    its_own = len(batch(name, model, only=1).run())
+    changed = (before != after).any(dim=1).nonzero()
+    # HunYuan's and Hy4's ends of rows are tokens that follow from no pixel.
+    assert len(changed) > its_own // 2
+    assert int(changed.max() - changed.min()) < its_own
+
+
+@pytest.mark.parametrize("name", TOWERS)
 def test_no_mask_over_all_tokens(name: str) -> None:
     model = make(name)
     prepared = batch(name, model)

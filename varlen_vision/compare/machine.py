@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import varlen_vision
 from varlen_vision.compare.host import cores, cpu_name, version
 from varlen_vision.compare.results import Machine
 
@@ -29,7 +28,7 @@ def describe_machine(device: torch.device) -> Machine:
         python=platform.python_version(),
         packages={name: version(name) for name in PACKAGES},
         cuda=str(torch.version.cuda) if cuda else "not used",
-        commit=commit(Path(varlen_vision.__file__).parent),
+        commit=commit(Path(__file__).parents[1]),
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

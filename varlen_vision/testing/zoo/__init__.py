@@ -94,7 +94,9 @@ def attention(tower: Tower, model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def inputs(tower: Tower, model: nn.Module, seed: int = 0, only: int | None = None) -> dict[str, Any]:
+def inputs(
+    tower: Tower, model: nn.Module, seed: int = 0, only: int | None = None, changed: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments for `model`: a ragged batch of unit variance, in its dtype and on its device.
 
     Args:
@@ -102,8 +104,12 @@ def inputs(tower: Tower, model: nn.Module, seed: int = 0, only: int | None = Non
         model: gives config, dtype and device.
         seed: of the pixels.
         only: index in `tower.images` of the one to take; its pixels are as in the whole batch.
+        changed: index of one that gets other pixels; all others keep theirs.
     """
-    images = [Image(size, f"{seed} {index}") for index, size in enumerate(tower.images)]
+    images = [
+        Image(size, f"{seed} {index}{' changed' if index == changed else ''}")
+        for index, size in enumerate(tower.images)
+    ]
     return tower.batch(model, images if only is None else [images[only]])
 
 
