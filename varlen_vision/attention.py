@@ -247,7 +247,7 @@ def replaced_forward(module: nn.Module) -> str | None:
         return None
     if own is None or (_HOOK in module.__dict__ and isinstance(own, partial) and own.args == (module,)):
         return None
-    return "its forward was replaced on this very module, which the swap would bypass; undo that first"
+    return "its forward was replaced on this very module and would be bypassed; undo that first"
 
 
 def _hand_hook(source: nn.Module, target: nn.Module) -> None:

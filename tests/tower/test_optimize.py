@@ -225,6 +225,32 @@ def test_offloaded_blocks_are_not_compiled_and_still_right() -> None:
         assert_same(run(GATED, model), run(GATED, odd_tower(GATED)))
 
 
+def test_lora_put_on_the_patch_embedding() -> None:
+    """peft knows the kinds of layers that it wraps: what stands in for a convolution is one."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = odd_tower(GATED), odd_tower(GATED)
+    swap_attention(ours)
+    optimize_vision(ours, "products")
+    try:
+        config = peft.LoraConfig(target_modules=["patch_embed.proj"], r=2, init_lora_weights=False)
+        for model in (ours, theirs):
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(config, model)
+    except ImportError as error:
+        pytest.skip(f"this transformers refuses peft: {error}")
+    mine, other = (
+        gradients(model, lambda model=model: run(GATED, model))  # type: ignore[misc]
+        for model in (ours, theirs)
+    )
+    assert any("lora" in key for key in mine)
+    assert_same_gradients(mine, other)
+    with torch.no_grad():
+        assert_same(run(GATED, ours), run(GATED, theirs))
+    restore_vision(ours)
+    with torch.no_grad():
+        assert_same(run(GATED, ours), run(GATED, theirs))
+
+
 def test_lora_put_on_afterwards() -> None:
     """The wrapped layer's MLP is set aside, its gradients are LoRA's alone, and merging brings it back."""
     peft = pytest.importorskip("peft")

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.docs.pages import DOCS, blocks
+from tests.docs.pages import run as run_block
 from tests.surroundings.same import (
     assert_same,
     assert_same_gradients,
@@ -30,7 +32,7 @@ from varlen_vision.errors import OptimizeError, ParityError
 from varlen_vision.tower.aligned import AlignedMLP, aligned_width
 from varlen_vision.tower.gated import is_silu, silu_mul
 from varlen_vision.tower.mlp import MLPError, describe_mlp
-from varlen_vision.tower.patches import PatchProduct, why_not_product
+from varlen_vision.tower.patches import PatchProduct, patch_product, why_not_product
 
 
 def mlps(model: nn.Module) -> list[AlignedMLP]:
@@ -210,6 +212,45 @@ def test_a_wrapped_or_hooked_layer_sets_the_product_aside(name: str) -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("change", ["replaced", "hooked"])
+@torch.no_grad()
+def test_another_activation_sets_the_product_aside(name: str, change: str) -> None:
+    model, plain = optimized(name), odd_tower(name)
+    swap_attention(plain)
+    seen: list[torch.Tensor] = []
+    for one in (model, plain):
+        mlp: Any = one.blocks[0].mlp  # type: ignore[index, union-attr]
+        attribute = describe_mlp(plain.blocks[1].mlp).activation  # type: ignore[index, union-attr]
+        if change == "replaced":
+            setattr(mlp, attribute, nn.ReLU())
+        else:
+            getattr(mlp, attribute).register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    assert_same(run(name, model), run(name, plain))
+    mlp = mlps(model)[0]
+    if change == "hooked":
+        mine, theirs = seen
+        assert mine.shape == theirs.shape and mine.shape[-1] == WIDTH
+        assert mlp.why_not == f"{attribute} has hooks of its own"
+    else:
+        assert mlp.why_not == f"{attribute} was replaced since"
+    assert all(other.why_not is None for other in mlps(model)[1:])
+
+
+def test_a_replaced_forward_is_left_with_the_reason(name: str) -> None:
+    """As patches of single instances do it (Liger's kernels, for one)."""
+    model = odd_tower(name)
+    swap_attention(model)
+    mlp: Any = model.blocks[1].mlp  # type: ignore[index, union-attr]
+    as_written = mlp.forward
+    mlp.forward = lambda x: 2 * as_written(x)
+    with torch.no_grad():
+        expected = run(name, model)
+        reports = optimize_vision(model, "products")
+        assert_same(run(name, model), expected)
+    assert any("forward was replaced on this very module" in part.how for part in reports)
+    assert len(mlps(model)) == len(model.blocks) - 1  # type: ignore[arg-type]
+
+
 def test_what_differs_is_refused_and_nothing_changed() -> None:
     model = odd_tower(GATED)
 
@@ -264,7 +305,7 @@ def test_restoring_gives_the_same_objects_back(name: str) -> None:
 @torch.no_grad()
 def test_a_convolution_over_more_than_its_kernel_stays_one() -> None:
     conv = nn.Conv2d(3, 8, 4, stride=4)
-    product = PatchProduct(conv)
+    product = patch_product(conv)
     for shape in ((5, 3, 4, 4), (2, 3, 8, 12)):
         x = torch.randn(shape)
         assert_same(product(x).flatten(1), conv(x).flatten(1))
@@ -328,6 +369,34 @@ def test_optimisers_that_run_over_memory(name: str, make: Callable[[Any], torch.
         assert mlp.ready and not mlp.columns[:, WIDTH:].any() and not mlp.rows[WIDTH : mlp.padded].any()
     with torch.no_grad():
         assert_same(run(name, ours), run(name, theirs))
+
+
+@pytest.mark.parametrize("change", ["optimised", "restored", "loaded"])
+def test_a_state_made_for_weights_that_lay_otherwise(name: str, change: str) -> None:
+    """With what docs/surroundings.md says to do, a fused optimiser goes on as if nothing had happened."""
+    block = blocks(DOCS / "surroundings.md")[-1]
+    found = []
+    for changed in (True, False):
+        model = optimized(name) if changed and change == "restored" else odd_tower(name)
+        if not (changed and change == "restored"):
+            swap_attention(model)
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+        for step in range(4):
+            if step == 2 and changed:
+                restore_vision(model) if change == "restored" else optimize_vision(model, "products")
+                if change == "loaded":
+                    kept = copy.deepcopy(optimiser.state_dict())
+                    optimiser = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+                    optimiser.load_state_dict(kept)
+                run_block(block.code, "surroundings.md", block.line, {"torch": torch, "optimiser": optimiser})
+            gradients(model, lambda model=model: run(name, model))  # type: ignore[misc]
+            optimiser.step()
+        found.append(dict(model.named_parameters()))
+    mine, theirs = found
+    start = dict(odd_tower(name).named_parameters())
+    for key, parameter in theirs.items():
+        # Adam divides by roots of what may be near zero, so by what training changed, not number by number.
+        assert (mine[key] - parameter).norm() <= 0.02 * (parameter - start[key]).norm() + 1e-7, key
 
 
 @torch.no_grad()

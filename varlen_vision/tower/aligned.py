@@ -5,9 +5,10 @@ rate of one 3456 wide (docs/results/h200.md). Columns of zeros change nothing: w
 times 0, and the last layer multiplies it by 0. The gate and up products read the same input, so they are one.
 
 The padded weights are the model's only ones: its parameters become views of them, in their own shapes and
-each without a gap in memory, so `state_dict`, `load_state_dict`, optimisers (fused ones too) and
-`save_pretrained` work as before. What moves a parameter elsewhere (FSDP, flat buffers, an assigned state)
-sets the products aside; the original forward runs then.
+each without a gap in memory, so `load_state_dict`, optimisers (fused ones too) and `save_pretrained` work as
+before. `state_dict` gives the same memory in pieces, one per parameter: accelerate and safetensors take
+tensors of one storage for one tensor, and would keep but the first. What moves a parameter elsewhere (FSDP,
+flat buffers, an assigned state) sets the products aside; the original forward runs then.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.dlpack import from_dlpack
 
 from varlen_vision.tower.gated import is_silu, silu_linear, silu_mul
-from varlen_vision.tower.mlp import MLPStructure, why_not_plain
+from varlen_vision.tower.mlp import MLPStructure, hooked, why_not_plain
 from varlen_vision.tower.padded_linear import columns_linear, rows_linear
 
 # Tensor cores read pieces of 16 bytes: 8 channels of two bytes each.
@@ -55,12 +57,15 @@ class AlignedMLP(nn.Module):
         self.__dict__["original"] = original  # past nn.Module, which would register it
         self.structure = structure
         self.padded = aligned_width(structure.width) if padded is None else padded
-        self.silu = structure.gate is not None and is_silu(structure.activate(original))
+        activation = structure.activate(original)
+        self.__dict__["activation"] = activation  # past nn.Module too
+        self.silu = structure.gate is not None and is_silu(activation)
         self._take(None)
-        self.ready = False
         self.checked_by_block = False
         """Whether its block is a compiled graph that calls `check` before it runs."""
         self.why_not: str | None = None
+        self.laid: frozenset[tuple[int, int]] = frozenset()
+        """Where the parameters were laid: addresses, each with that of the memory around it."""
 
     @property
     def changes(self) -> bool:
@@ -77,12 +82,15 @@ class AlignedMLP(nn.Module):
     def lay_out(self) -> None:
         """Move the weights to where the products read them, where nothing speaks against it."""
         layers = self._layers()
-        reasons = map(why_not_plain, layers)
-        named = zip(self.structure.layers, reasons, strict=True)
-        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
-        self.why_not = self.why_not or why_not_together(layers)
+        self.why_not = self._why_not_as_built(layers) or why_not_together(layers)
         if self.why_not is None:
-            self._take(_Weights(layers, self.padded))
+            try:
+                weights = _Weights(layers, self.padded)
+            except BaseException as error:
+                self.why_not = f"laying its weights out failed ({type(error).__name__}: {error})"
+                raise
+            self._take(weights)
+            self.laid = weights.laid
         self.ready = self.why_not is None
 
     def check(self) -> None:
@@ -90,8 +98,7 @@ class AlignedMLP(nn.Module):
         if self.weights is None:
             return
         layers = self._layers()
-        named = zip(self.structure.layers, map(why_not_plain, layers), strict=True)
-        self.why_not = next((f"{name} {reason}" for name, reason in named if reason), None)
+        self.why_not = self._why_not_as_built(layers)
         if self.why_not is None and not self.weights.hold(layers):
             self._take(None)
             moved = (
@@ -104,11 +111,36 @@ class AlignedMLP(nn.Module):
         """The original module, its parameters in memory of their own, contiguous."""
         original: nn.Module = self.__dict__["original"]
         original.training = self.training
-        if self.weights is not None:
-            self.weights.give_back()
-            self._take(None)
-        self.ready = False
+        self._take(None)
+        # Also what was set aside since: the rest of a common memory would be taken for a flat buffer's.
+        _give_back(self._layers(), self.laid)
+        self.laid = frozenset()
         return original
+
+    def _why_not_as_built(self, layers: list[nn.Module]) -> str | None:
+        """Why this is not products with plain weights and the activation seen at first; None where it is."""
+        for name, layer in zip(self.structure.layers, layers, strict=True):
+            if (reason := why_not_plain(layer)) is not None:
+                return f"{name} {reason}"
+        seen, now = self.__dict__["activation"], self.structure.activate(self.__dict__["original"])
+        # Compared by value: a method is another object each time it is looked up.
+        if now is not seen and now != seen:
+            return f"{self.structure.activation} was replaced since"
+        if isinstance(now, nn.Module) and hooked(now):
+            return f"{self.structure.activation} has hooks of its own"
+        return None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's; each tensor over the parameter's memory, and no more than that."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self.structure.layers:
+            for key in (f"{prefix}{name}.weight", f"{prefix}{name}.bias"):
+                tensor = state.get(key)
+                if type(tensor) is Tensor and _place(tensor) in self.laid:  # a parameter is asked for as such
+                    # The way to a storage that begins at the tensor's own first element.
+                    state[key] = from_dlpack(tensor)
+        return state
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """(..., C) -> (..., C), as the original."""
@@ -166,19 +198,26 @@ class AlignedMLP(nn.Module):
     def _take(self, weights: _Weights | None) -> None:
         # As plain attributes: a compiled graph gets them as inputs, and one graph serves all layers.
         self.weights = weights
+        self.ready = False  # until somebody says why it is
         self.__dict__["rows"] = weights and weights.rows
         self.__dict__["columns"] = weights and weights.columns
         self.__dict__["bias"] = weights and weights.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignedMLP:
         """`.to()`, `.half()` and the like give each parameter new memory; the old is let go at once."""
-        weights, before = self.weights, self._kind()
+        weights, ready, before = self.weights, self.ready, self._kind()
         self._take(None)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except BaseException:
+            # Short of memory in the middle, say. What moved by then is seen before the next call.
+            self._take(weights)
+            raise
         if weights is not None and self._kind() != before:
             self.lay_out()
         elif weights is not None:
             self._take(weights)
+            self.ready = ready
         return self
 
     def _kind(self) -> list[tuple[torch.dtype, torch.device]]:
@@ -196,6 +235,7 @@ class AlignedMLP(nn.Module):
         """A copy, or what was loaded from a pickle, lays its own weights out."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.checked_by_block = False  # blocks are copied as they are written
+        self.laid = frozenset()
         if self.weights is not None:
             with torch.inference_mode(False), torch.no_grad():
                 for layer in self._layers():
@@ -234,38 +274,48 @@ class _Weights:
             first: Any = ins[0]
             last: Any = out
             width, channels = first.weight.shape
-            self.moved: list[Any] = []
             self.rows = first.weight.new_zeros(len(ins) * padded, channels)
             self.bias: Tensor | None = None
             if any(layer.bias is not None for layer in ins):
                 self.bias = first.weight.new_zeros(len(ins) * padded)
-            for index, layer in enumerate(ins):
-                where = slice(index * padded, index * padded + width)
-                self._move(layer.weight, self.rows[where])
-                if layer.bias is not None and self.bias is not None:
-                    self._move(layer.bias, self.bias[where])
             self.columns = last.weight
             if padded != width:
                 self.columns = last.weight.new_zeros(padded, last.weight.shape[0]).t()
-                self._move(last.weight, self.columns[:, :width])
+            # From here on nothing needs memory.
+            laid: list[tuple[int, int]] = []
+            for index, layer in enumerate(ins):
+                where = slice(index * padded, index * padded + width)
+                laid.append(_move(layer.weight, self.rows[where]))
+                if layer.bias is not None and self.bias is not None:
+                    laid.append(_move(layer.bias, self.bias[where]))
+            if padded != width:
+                laid.append(_move(last.weight, self.columns[:, :width]))
         self.places = _places(layers)
+        self.laid = frozenset(laid)
 
     def hold(self, layers: list[nn.Module]) -> bool:
         """Whether the layers' parameters still are these views."""
         return _places(layers) == self.places
 
-    def give_back(self) -> None:
-        """Give each parameter that still is a view memory of its own."""
-        with torch.inference_mode(False), torch.no_grad():
-            for parameter, place in self.moved:
-                if parameter.data_ptr() == place:
-                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
-    def _move(self, parameter: Any, view: Tensor) -> None:
-        """Copy a parameter's values to `view` and let it be that view from now on."""
-        view.copy_(parameter.data)
-        parameter.data = view
-        self.moved.append((parameter, view.data_ptr()))
+def _move(parameter: Any, view: Tensor) -> tuple[int, int]:
+    """Copy a parameter's values to `view` and let it be that view from now on; where that is."""
+    view.copy_(parameter.data)
+    parameter.data = view
+    return _place(view)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+
+
+def _give_back(layers: list[nn.Module], laid: frozenset[tuple[int, int]]) -> None:
+    """Give each parameter that still lies where it was laid memory of its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                if type(parameter.data) is Tensor and _place(parameter) in laid:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _places(layers: list[nn.Module]) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from varlen_vision.attention import replaced_forward
+
 # Names in use, most common first: (gate, up, down) and (first, second).
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _TWO = (
@@ -72,6 +74,8 @@ def describe_mlp(module: nn.Module) -> MLPStructure:
     for name, child in module.named_children():
         if name not in (*layers, activation) and not _does_nothing(child):
             raise MLPError(f"it also has {name}, which the common shape has no place for")
+    if (replaced := replaced_forward(module)) is not None:
+        raise MLPError(replaced)
     if any(True for _ in module.parameters(recurse=False)):
         raise MLPError("it has parameters of its own, which the common shape has no place for")
     *ins, out = (module.get_submodule(name) for name in layers)
@@ -91,12 +95,22 @@ def looks_like_mlp(module: nn.Module) -> bool:
     return named or any(_has_all(module, names) for names in (*_GATED, *_TWO))
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether anything is to be called beside a module's forward, or its backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def why_not_plain(layer: nn.Module) -> str | None:
     """Why a layer is more than a product with its weight (LoRA, quantised, hooked); None where it is not."""
     if type(layer) is not nn.Linear:
         package = type(layer).__module__.partition(".")[0]
         return f"is a {type(layer).__name__} of {package}, not torch's Linear"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if hooked(layer):
         return "has hooks of its own"
     if "forward" in layer.__dict__:
         return "has a forward of its own (offload, or a hook of accelerate)"

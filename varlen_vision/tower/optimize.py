@@ -26,7 +26,7 @@ from varlen_vision.tower.compiled_blocks import (
 )
 from varlen_vision.tower.graphs import GraphedTower, cuda_recorder, why_not_graphed
 from varlen_vision.tower.mlp import MLPError, describe_mlp, looks_like_mlp
-from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, why_not_product
+from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, patch_product, why_not_product
 from varlen_vision.tower.verify import verify_stand_in
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ def _found(tower: nn.Module, blocks: list[Block], record: _Record) -> Iterator[_
         for attribute, child in module.named_children():
             if isinstance(child, CONVOLUTIONS):
                 if (reason := why_not_product(child)) is None:
-                    yield _StandIn(f"{name}.{attribute}", module, attribute, PatchProduct(child))
+                    yield _StandIn(f"{name}.{attribute}", module, attribute, patch_product(child))
                 else:
                     record.skipped.append(("patch product", f"{name}.{attribute} {reason}"))
 

@@ -32,16 +32,11 @@ def why_not_product(module: nn.Module) -> str | None:
 
 
 class PatchProduct(nn.Module):
-    """Stands in for a convolution whose kernel covers its input; shares its tables, and gives it back."""
+    """Stands in for a convolution whose kernel covers its input; shares its tables, and gives it back.
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        for table in nn.Module().__dict__:
-            self.__dict__[table] = original.__dict__[table]
-        self.__dict__["original"] = original  # past nn.Module, which would register it
-        # Towers read these off their convolution.
-        for name in ("kernel_size", "stride", "in_channels", "out_channels"):
-            self.__dict__[name] = getattr(original, name)
+    It is a convolution of the same kind, so that what looks for those finds it as before; and one that can be
+    made anew, as peft makes its own layers of the kind that it finds.
+    """
 
     def hand_back(self) -> nn.Module:
         """The original module."""
@@ -51,13 +46,30 @@ class PatchProduct(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, C, *kernel) -> (N, out, 1, ...): a product. Any other size: the convolution."""
-        original: Any = self.__dict__["original"]
         if tuple(patches.shape[2:]) != tuple(self.kernel_size):
-            result: Tensor = original._conv_forward(patches, self.weight, self.bias)
+            result: Tensor = self._conv_forward(patches, self.weight, self.bias)
             return result
-        product = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # a replica has its own
+        product = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return product.reshape(*product.shape, *[1] * len(self.kernel_size))
 
-    kernel_size: tuple[int, ...]
-    weight: Tensor
-    bias: Tensor | None
+    kernel_size: Any
+    weight: Any
+    bias: Any
+    _conv_forward: Any
+
+
+class PatchProduct2d(PatchProduct, nn.Conv2d):
+    """The product in place of a Conv2d."""
+
+
+class PatchProduct3d(PatchProduct, nn.Conv3d):
+    """The product in place of a Conv3d."""
+
+
+def patch_product(original: nn.Module) -> PatchProduct:
+    """What stands in for a convolution of which why_not_product has nothing to say."""
+    kind = PatchProduct3d if isinstance(original, nn.Conv3d) else PatchProduct2d
+    product = kind.__new__(kind)  # without weights of its own
+    product.__dict__.update(original.__dict__)
+    product.__dict__["original"] = original  # past nn.Module, which would register it
+    return product

@@ -24,7 +24,7 @@ from varlen_vision.tower.aligned import AlignedMLP
 from varlen_vision.tower.blocks import mergers, vision_blocks
 from varlen_vision.tower.compiled_blocks import compile_module, compiler
 from varlen_vision.tower.mlp import MLPError, describe_mlp
-from varlen_vision.tower.patches import CONVOLUTIONS, PatchProduct, why_not_product
+from varlen_vision.tower.patches import CONVOLUTIONS, patch_product, why_not_product
 from varlen_vision.vision_plan import VisionPlan
 
 KERNELS_TRIED = ("flash_attn_4", "torch_varlen", "sdpa_segments")
@@ -59,7 +59,7 @@ def _merge(parent: nn.Module) -> int:
     for attribute, child in list(parent.named_children()):
         if isinstance(child, CONVOLUTIONS) and "patch" in type(parent).__name__.lower():
             if why_not_product(child) is None:
-                parent._modules[attribute] = PatchProduct(child)
+                parent._modules[attribute] = patch_product(child)
             continue
         try:
             structure = describe_mlp(child)
