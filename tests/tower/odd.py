@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.surroundings.same import tower_of
+from varlen_vision import optimize_vision, swap_attention
 from varlen_vision.testing import zoo
 from varlen_vision.testing.weights import fill
 
@@ -21,6 +22,14 @@ GATED, PLAIN = "qwen2_5_vl", "qwen3_vl"
 def odd_tower(name: str) -> nn.Module:
     """A tower of its own, in eval mode and float32."""
     return any_tower(name, intermediate_size=WIDTH)
+
+
+def optimized_tower(name: str) -> nn.Module:
+    """The same, swapped, its products aligned."""
+    model = odd_tower(name)
+    swap_attention(model)
+    optimize_vision(model, "products")
+    return model
 
 
 def any_tower(name: str, **settings: int) -> nn.Module:

@@ -9,19 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.surroundings.same import assert_same, run
-from tests.tower.odd import GATED, PLAIN, odd_tower
-from varlen_vision import attention_report, optimize_vision, restore_vision, swap_attention
+from tests.tower.odd import GATED, PLAIN, odd_tower, optimized_tower
+from varlen_vision import attention_report, optimize_vision, restore_vision
 from varlen_vision.tower import aligned
 from varlen_vision.tower.aligned import AlignedMLP
 
 pytestmark = pytest.mark.parametrize("name", [GATED, PLAIN])
-
-
-def optimized(name: str) -> nn.Module:
-    model = odd_tower(name)
-    swap_attention(model)
-    optimize_vision(model, "products")
-    return model
 
 
 def mlps(model: nn.Module) -> list[AlignedMLP]:
@@ -37,7 +30,7 @@ def ready(model: nn.Module) -> int:
 @torch.no_grad()
 def test_short_memory_while_weights_are_moved(name: str, layer: str) -> None:
     """`.to()` and the like go parameter by parameter; what they had moved stays moved, as without us."""
-    model, expected = optimized(name), run(name, odd_tower(name))
+    model, expected = optimized_tower(name), run(name, odd_tower(name))
     second = mlps(model)[1]
     there = getattr(second, getattr(second.structure, layer)).weight
 
@@ -59,7 +52,7 @@ def test_short_memory_while_weights_are_moved(name: str, layer: str) -> None:
 
 @torch.no_grad()
 def test_short_memory_while_weights_are_laid_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = optimized(name)
+    model = optimized_tower(name)
     right, made = aligned._Weights, []
 
     def short(*given: Any) -> aligned._Weights:
@@ -84,7 +77,7 @@ def test_short_memory_while_weights_are_laid_out(name: str, monkeypatch: pytest.
 @torch.no_grad()
 def test_a_layer_put_elsewhere_and_the_advice_that_is_given(name: str) -> None:
     """The rest of the common memory is not taken for a flat buffer of others."""
-    model, expected = optimized(name), run(name, odd_tower(name))
+    model, expected = optimized_tower(name), run(name, odd_tower(name))
     mlp = mlps(model)[0]
     layer = getattr(mlp, mlp.structure.down)
     layer.weight.data = layer.weight.data.clone()

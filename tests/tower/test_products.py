@@ -25,7 +25,7 @@ from tests.surroundings.same import (
     saved,
     whole_model,
 )
-from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower
+from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower, optimized_tower
 from tests.towers import batch, merged
 from varlen_vision import attention_report, optimize_vision, restore_vision, swap_attention
 from varlen_vision.errors import OptimizeError, ParityError
@@ -45,9 +45,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def optimized(name: str) -> nn.Module:
-    model = odd_tower(name)
-    swap_attention(model)
-    optimize_vision(model, "products")
+    model = optimized_tower(name)
     assert all(mlp.padded == 96 and mlp.structure.width == WIDTH for mlp in mlps(model))
     assert len(mlps(model)) == len(model.blocks)  # type: ignore[arg-type]
     return model

@@ -8,11 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_model
-from torch import nn
 
 from tests.surroundings.same import assert_same, run
-from tests.tower.odd import GATED, PLAIN, odd_tower
-from varlen_vision import optimize_vision, restore_vision, swap_attention
+from tests.tower.odd import GATED, PLAIN, odd_tower, optimized_tower
+from varlen_vision import restore_vision
 
 
 @pytest.fixture(params=[GATED, PLAIN])
@@ -20,16 +19,9 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def optimized(name: str) -> nn.Module:
-    model = odd_tower(name)
-    swap_attention(model)
-    optimize_vision(model, "products")
-    return model
-
-
 def test_the_state_is_in_pieces_over_the_same_memory(name: str) -> None:
     """Tools take tensors of one storage for one tensor, and write the first (accelerate 1.15)."""
-    model = optimized(name)
+    model = optimized_tower(name)
     state, parameters = model.state_dict(), dict(model.named_parameters())
     storages = [state[key].untyped_storage() for key in parameters]
     assert len({storage.data_ptr() for storage in storages}) == len(parameters)
@@ -49,7 +41,7 @@ def test_the_state_is_in_pieces_over_the_same_memory(name: str) -> None:
 
 
 def test_the_state_of_a_part_of_it_or_with_a_prefix(name: str) -> None:
-    block, plain = optimized(name).blocks[0], odd_tower(name).blocks[0]  # type: ignore[index]
+    block, plain = optimized_tower(name).blocks[0], odd_tower(name).blocks[0]  # type: ignore[index]
     for part, expected in ((block, plain), (block.mlp, plain.mlp)):
         for prefix in ("", "some.where."):
             state, theirs = part.state_dict(prefix=prefix), expected.state_dict(prefix=prefix)
@@ -58,7 +50,7 @@ def test_the_state_of_a_part_of_it_or_with_a_prefix(name: str) -> None:
 
 
 def test_accelerate(name: str, tmp_path: Path) -> None:
-    model, expected = optimized(name), odd_tower(name).state_dict()
+    model, expected = optimized_tower(name), odd_tower(name).state_dict()
     accelerator = Accelerator(cpu=True)
     accelerator.save_model(model, str(tmp_path / "model"))
     written = load_file(tmp_path / "model" / "model.safetensors")
@@ -74,8 +66,8 @@ def test_accelerate(name: str, tmp_path: Path) -> None:
 
 
 def test_safetensors(name: str, tmp_path: Path) -> None:
-    save_model(optimized(name), str(tmp_path / "model.safetensors"))
-    for other in (odd_tower(name), optimized(name)):
+    save_model(optimized_tower(name), str(tmp_path / "model.safetensors"))
+    for other in (odd_tower(name), optimized_tower(name)):
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.zero_()
@@ -85,7 +77,7 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
 
 def test_torch_save_writes_no_more_than_the_weights(name: str, tmp_path: Path) -> None:
     sizes = []
-    for which, model in (("plain", odd_tower(name)), ("optimised", optimized(name))):
+    for which, model in (("plain", odd_tower(name)), ("optimised", optimized_tower(name))):
         torch.save(model.state_dict(), tmp_path / which)
         sizes.append((tmp_path / which).stat().st_size)
         model.load_state_dict(torch.load(tmp_path / which))
@@ -94,7 +86,7 @@ def test_torch_save_writes_no_more_than_the_weights(name: str, tmp_path: Path) -
 
 @torch.no_grad()
 def test_of_a_tower_given_back(name: str) -> None:
-    model = optimized(name)
+    model = optimized_tower(name)
     restore_vision(model)
     state = model.state_dict()
     assert all(value.is_contiguous() for value in state.values())
