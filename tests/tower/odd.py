@@ -12,6 +12,7 @@ from tests.surroundings.same import tower_of
 from varlen_vision import optimize_vision, swap_attention
 from varlen_vision.testing import zoo
 from varlen_vision.testing.weights import fill
+from varlen_vision.tower.aligned import AlignedMLP
 
 WIDTH = 90
 """Channels between the layers; padded: 96."""
@@ -30,6 +31,11 @@ def optimized_tower(name: str) -> nn.Module:
     swap_attention(model)
     optimize_vision(model, "products")
     return model
+
+
+def mlps(model: nn.Module) -> list[AlignedMLP]:
+    """Those of its MLPs for which aligned products stand in."""
+    return [module for module in model.modules() if isinstance(module, AlignedMLP)]
 
 
 def any_tower(name: str, **settings: int) -> nn.Module:

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.surroundings.same import assert_same, run
-from tests.tower.odd import GATED, PLAIN, odd_tower, optimized_tower
+from tests.tower.odd import GATED, PLAIN, mlps, odd_tower, optimized_tower
 from varlen_vision import attention_report, optimize_vision, restore_vision
 from varlen_vision.tower import aligned
-from varlen_vision.tower.aligned import AlignedMLP
 
 pytestmark = pytest.mark.parametrize("name", [GATED, PLAIN])
-
-
-def mlps(model: nn.Module) -> list[AlignedMLP]:
-    return [module for module in model.modules() if isinstance(module, AlignedMLP)]
 
 
 def ready(model: nn.Module) -> int:

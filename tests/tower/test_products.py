@@ -25,18 +25,14 @@ from tests.surroundings.same import (
     saved,
     whole_model,
 )
-from tests.tower.odd import GATED, PLAIN, WIDTH, odd_tower, optimized_tower
+from tests.tower.odd import GATED, PLAIN, WIDTH, mlps, odd_tower, optimized_tower
 from tests.towers import batch, merged
 from varlen_vision import attention_report, optimize_vision, restore_vision, swap_attention
 from varlen_vision.errors import OptimizeError, ParityError
-from varlen_vision.tower.aligned import AlignedMLP, aligned_width
+from varlen_vision.tower.aligned import aligned_width
 from varlen_vision.tower.gated import is_silu, silu_mul
 from varlen_vision.tower.mlp import MLPError, describe_mlp
 from varlen_vision.tower.patches import PatchProduct, patch_product, why_not_product
-
-
-def mlps(model: nn.Module) -> list[AlignedMLP]:
-    return [module for module in model.modules() if isinstance(module, AlignedMLP)]
 
 
 @pytest.fixture(params=[GATED, PLAIN])
